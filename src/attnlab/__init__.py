@@ -1,0 +1,59 @@
+"""attnlab: every published attention mechanism as a part that fits.
+
+    attend, scan                the two operators
+    patterns, weightings, …     where a query may look, and how much each key weighs
+    build, names, describe      mechanisms and networks by name
+
+Everything is imported at first use, so `import attnlab` costs next to nothing over torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attend": "attnlab.attend",
+    "explain": "attnlab.attend",
+    "merge": "attnlab.attend",
+    "statistics": "attnlab.statistics",
+    "compiling": "attnlab.planner",
+    "scan": "attnlab.scan",
+    "build": "attnlab.cards",
+    "describe": "attnlab.cards",
+    "names": "attnlab.cards",
+    "register": "attnlab.cards",
+    "Card": "attnlab.cards",
+}
+_MODULES = ("patterns", "routing", "layouts", "weightings", "positions", "cards", "nn", "models", "recipes", "hub", "arena")
+
+__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from attnlab.attend import attend as attend
+    from attnlab.attend import explain as explain
+    from attnlab.attend import merge as merge
+    from attnlab.cards import Card as Card
+    from attnlab.cards import build as build
+    from attnlab.cards import describe as describe
+    from attnlab.cards import names as names
+    from attnlab.cards import register as register
+    from attnlab.planner import compiling as compiling
+    from attnlab.scan import scan as scan
+    from attnlab.statistics import statistics as statistics
+
+
+def __getattr__(name: str) -> Any:
+    # A function and the module that holds it may share a name (attend, scan): the function is the public one.
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"attnlab.{name}")
+    else:
+        raise AttributeError(f"module 'attnlab' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

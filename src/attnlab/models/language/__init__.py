@@ -1,0 +1,1 @@
+"""Language models. May import skeletons and nn."""

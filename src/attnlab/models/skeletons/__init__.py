@@ -1,0 +1,1 @@
+"""The few shapes that networks share: plain, pyramid, decoder. May import nn."""

@@ -1,0 +1,1 @@
+"""Image networks. May import skeletons and nn."""

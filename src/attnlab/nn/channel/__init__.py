@@ -1,0 +1,1 @@
+"""Attention along channels, and channel mixers. May import what nn may import."""

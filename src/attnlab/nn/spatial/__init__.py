@@ -1,0 +1,1 @@
+"""Attention and modulation on grids and feature maps. May import what nn may import."""

@@ -1,0 +1,1 @@
+"""Attention through a few intermediate tokens. May import what nn may import."""

@@ -1,0 +1,1 @@
+"""Training and inference methods around networks: losses, merging, schedules. May import models and nn."""
