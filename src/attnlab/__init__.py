@@ -7,7 +7,9 @@
 Everything is imported at first use, so `import attnlab` costs next to nothing over torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # A function and the module that holds it may share a name (attend, scan): the function is the public one.
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)
     elif name in _MODULES:
@@ -53,6 +54,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'attnlab' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """This package, in which a function wins over the module of the same name that holds it (attend, scan)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing the module attnlab.attend would otherwise put it where the function is expected.
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
