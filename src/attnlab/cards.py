@@ -110,7 +110,7 @@ _HOMES = ("attnlab.nn", "attnlab.models", "attnlab.recipes")
 
 
 def register(card: Card) -> Callable[[T], T]:
-    """Class or function decorator: put `target` under `card.name`, and each of its named sizes under the size's name."""
+    """Decorator: put a class or function under `card.name`, and under the name of each of its sizes."""
 
     def add(target: T) -> T:
         for name in (card.name, *(size for size in card.sizes if size != card.name)):
@@ -180,7 +180,7 @@ def target(name: str) -> Callable[..., Any]:
 
 
 def build(name: str, *args: Any, **keywords: Any) -> Any:
-    """Build what is registered under `name`: `build("gated", 64, heads=4)`, `build("focalnet_tiny_srf", num_classes=10)`.
+    """Build what is registered under `name`: `build("gated", 64, heads=4)`, or a size: `build("focalnet_tiny_srf")`.
 
     For a named size, the size's own arguments come first and `keywords` override them.
     """

@@ -32,7 +32,7 @@ def _cpu_flash_backward(
 
 
 def count_flops(function: Callable[..., Any], *args: Any, **keywords: Any) -> int:
-    """FLOPs of one call of `function` (two per multiply-add), by torch's counter and the CPU attention kernels it misses."""
+    """FLOPs of one call of `function`, two per multiply-add: torch's counter and the CPU kernels that it misses."""
     aten = torch.ops.aten
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _with_shapes(_cpu_flash),

@@ -1,1 +1,1 @@
-"""Reading the authors' checkpoints, and swapping mechanisms into other libraries' models. May import models and recipes."""
+"""The authors' checkpoints, and swapping mechanisms into others' models. May import models and recipes."""

@@ -12,8 +12,8 @@ from torch import Tensor
 class Pattern:
     """Where a query may look, as data: frozen, comparable, hashable, printable and drawable.
 
-    A subclass defines `allows` and nothing else is required: `matrix`, `density`, `reach` and `draw` follow from it, and
-    so do the key lists of the fast backends. Patterns combine with `&`, `|` and `~`.
+    A subclass defines `allows` and nothing else is required: `matrix`, `density`, `reach` and `draw` follow from it,
+    and so do the key lists of the fast backends. Patterns combine with `&`, `|` and `~`.
     """
 
     # Whether `allows` depends on the batch or the head; if not, one matrix serves all.

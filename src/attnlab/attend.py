@@ -1,0 +1,216 @@
+"""The operator of everything with a pairwise score: check the problem, plan, run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnlab.patterns import Full, Pattern
+from attnlab.problem import Bias, Problem
+from attnlab.weightings import Weighting
+from attnlab.weightings import weighting as as_weighting
+
+if TYPE_CHECKING:
+    from attnlab.planner import Explanation
+    from attnlab.routing import Route
+
+_FULL = Full()
+
+
+@overload
+def attend(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **keywords: Any) -> tuple[Tensor, Tensor]: ...
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | None = None, route: Route | None = None,
+    weighting: Weighting | str | None = None, bias: Bias | None = None, scale: float | None = None,
+    dropout: float = 0.0, return_lse: Literal[False] = False, backend: str = "auto",
+) -> Tensor: ...  # fmt: skip
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern | None = None,
+    route: Route | None = None,
+    weighting: Weighting | str | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over whatever keys the pattern or route allows, by the fastest backend that can.
+
+        out_i = Σ_j w(s_ij) v_j        s_ij = scale · q_i·k_j + bias_ij        j allowed for i
+
+    Args:
+        q, k, v: `(B, H, Nq, D)`, `(B, Hkv, Nk, D)`, `(B, Hkv, Nk, Dv)`; Hkv divides H, and key head j serves the query
+            heads j·H/Hkv onwards. One dtype (float64, 32, 16 or bfloat16) and one device.
+        pattern: where each query may look; None is everywhere.
+        route: chooses where from the content (`attnlab.routing`); narrows `pattern`.
+        weighting: softmax if None; an object or name from `attnlab.weightings`.
+        bias: a tensor broadcastable to `(B, H, Nq, Nk)`, or a function `f(b, h, q, k)` of index tensors.
+        scale: D^-½ if None.
+        dropout: probability with which a weight is dropped (always applied: pass 0 when not training).
+        return_lse: also return `(B, H, Nq)`, the natural log of the softmax denominator (−inf where no key is seen);
+            differentiable. `merge` joins parts over disjoint keys by it.
+        backend: "auto", or a name from `explain`.
+
+    Returns:
+        `(B, H, Nq, Dv)`. A query that may see no key gives zeros and zero gradients.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is wanted.
+    """
+    # The plain case goes straight to torch: a planner's microseconds show on small inputs.
+    if (
+        pattern is None
+        and route is None
+        and weighting is None
+        and bias is None
+        and backend == "auto"
+        and not (return_lse or dropout)
+        and q.shape == k.shape == v.shape
+        and q.dim() == 4
+        and q.dtype is k.dtype is v.dtype
+        and q.device == k.device == v.device
+        and q.numel()
+        and q.is_floating_point()
+    ):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    from attnlab import planner
+
+    problem = pose(
+        q, k, v, pattern=pattern, route=route, weighting=weighting, bias=bias, scale=scale, dropout=dropout,
+        return_lse=return_lse,
+    )  # fmt: skip
+    out, lse = planner.choose(problem, backend).run(problem, q, k, v)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise RuntimeError(f"backend {backend!r} returned no lse although it was asked for")
+    return out, lse
+
+
+def pose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern | None = None,
+    route: Route | None = None,
+    weighting: Weighting | str | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+) -> Problem:
+    """Check the arguments of `attend` and put them into a `Problem`."""
+    _check_tensors(q, k, v)
+    batch, heads, nq, dim = q.shape
+    kv_heads, nk, value_dim = k.shape[1], k.shape[2], v.shape[3]
+    pattern = _FULL if pattern is None else pattern
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a Pattern, got {type(pattern).__name__} (wrap a mask: Explicit(mask))")
+    pattern.check(nq, nk)
+    if route is not None:
+        if not hasattr(route, "select"):
+            raise TypeError(f"route must be a Route, got {type(route).__name__}")
+        routed = route.select(q, k)
+        pattern = routed if isinstance(pattern, Full) else routed & pattern
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    if isinstance(bias, Tensor):
+        _check_bias(bias, q, (batch, heads, nq, nk))
+    elif bias is not None and not callable(bias):
+        raise TypeError(f"bias must be a tensor or a function of indices, got {type(bias).__name__}")
+    how = as_weighting(weighting)
+    if return_lse and not how.normalised:
+        raise ValueError(f"return_lse needs a normalised weighting such as softmax, got {how}")
+    grad = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad)
+    )
+    return Problem(
+        batch=batch, heads=heads, kv_heads=kv_heads, nq=nq, nk=nk, dim=dim, value_dim=value_dim,
+        dtype=q.dtype, device=q.device, pattern=pattern, weighting=how, bias=bias,
+        scale=dim**-0.5 if scale is None else float(scale), dropout=float(dropout), return_lse=return_lse,
+        needs_grad=grad, compiling=torch.compiler.is_compiling(),
+    )  # fmt: skip
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x, wanted in (("q", q, "(B, H, Nq, D)"), ("k", k, "(B, Hkv, Nk, D)"), ("v", v, "(B, Hkv, Nk, Dv)")):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty, got {tuple(x.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must agree in batch, heads and length, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have q's head dimension {q.shape[3]}, got {k.shape[3]}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"k's heads must divide q's heads, got {k.shape[1]} and {q.shape[1]}")
+
+
+def _check_bias(bias: Tensor, q: Tensor, wanted: tuple[int, int, int, int]) -> None:
+    fits = bias.dim() <= 4 and all(b in (1, w) for b, w in zip(reversed(bias.shape), reversed(wanted), strict=False))
+    if not fits:
+        raise ValueError(f"bias must be broadcastable to (B, H, Nq, Nk) = {wanted}, got {tuple(bias.shape)}")
+    if bias.device != q.device:
+        raise ValueError(f"bias must be on q's device {q.device}, got {bias.device}")
+    if not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype} (wrap a mask: pattern=Explicit(mask))")
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join softmax attention over disjoint key sets: what one softmax over all of them gives.
+
+        lse = log Σ_p exp(lse_p)        out = Σ_p exp(lse_p − lse) out_p
+
+    Args:
+        parts: pairs `(out (B, H, Nq, Dv), lse (B, H, Nq))` as `attend(..., return_lse=True)` returns them.
+
+    Returns:
+        `(out, lse)` of the union. Queries that see no key in any part stay zero.
+    """
+    if not parts:
+        raise ValueError("parts must hold at least one (out, lse) pair")
+    for out, lse in parts:
+        if out.shape[:-1] != lse.shape:
+            raise ValueError(
+                f"lse must have out's shape without the last axis, got {tuple(lse.shape)} for {tuple(out.shape)}"
+            )
+    each = torch.stack([lse for _, lse in parts])
+    # Rows with no key at all are −inf in every part; a finite stand-in keeps exp and its gradient away from NaN.
+    dead = (each == -math.inf).all(0)
+    total = torch.logsumexp(each.masked_fill(dead, 0.0), 0)
+    shares = (each - total).exp().masked_fill(dead, 0.0)
+    joined = torch.stack(
+        [out * share.unsqueeze(-1).to(out.dtype) for (out, _), share in zip(parts, shares, strict=True)]
+    )
+    return joined.sum(0), total.masked_fill(dead, -math.inf)
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:
+    """Which backends could run this call of `attend`, at what predicted cost, and which one would: print it."""
+    from attnlab import planner
+
+    return planner.explain(pose(q, k, v, **keywords))

@@ -1,0 +1,95 @@
+"""What every mechanism shares: the contract of a token mixer, and the checks that give clear errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnlab.patterns import Pattern
+
+
+class Mechanism(nn.Module):
+    """A token mechanism: `(B, N, C)` to the same shape.
+
+    Called as `m(x, context=None, *, grid=None, pattern=None, state=None)`; with a `state` (from `initial_state`, or
+    from the call before) it returns `(y, state)`, and pieces give what the full causal pass gives.
+    """
+
+    def __init__(self, dim: int, *, causal: bool = False) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        self.dim = dim
+        self.causal = causal
+
+    def initial_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The state before the first token, for streaming."""
+        raise ValueError(f"{type(self).__name__} does not stream: it has no state")
+
+    def check(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Raise unless `x` is `(B, N, dim)` and `context`, if any, `(B, M, dim)`, both non-empty."""
+        for name, tokens in (("x", x), ("context", context)):
+            if tokens is None:
+                continue
+            if tokens.dim() != 3 or tokens.shape[-1] != self.dim:
+                raise ValueError(f"{name} must have shape (B, N, {self.dim}), got {tuple(tokens.shape)}")
+            if 0 in tokens.shape:
+                raise ValueError(f"{name} must not be empty, got {tuple(tokens.shape)}")
+        if context is not None and context.shape[0] != x.shape[0]:
+            raise ValueError(f"context must have x's batch size {x.shape[0]}, got {context.shape[0]}")
+
+    def refuse(self, **given: object) -> None:
+        """Raise for any of the given arguments that is not None: this mechanism has no meaning for them."""
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{type(self).__name__} takes no {name}, got {type(value).__name__}")
+
+
+def check_heads(dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None) -> tuple[int, int]:
+    """(kv_heads, head_dim) with their defaults filled in; ValueError where the numbers do not divide."""
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"kv_heads must divide heads = {heads}, got {kv_heads}")
+    if head_dim is None:
+        if dim % heads:
+            raise ValueError(f"heads must divide dim = {dim}, got {heads} (or give head_dim)")
+        head_dim = dim // heads
+    return kv_heads, head_dim
+
+
+def check_grid(grid: tuple[int, ...] | None, tokens: int, axes: int | None = None) -> tuple[int, ...]:
+    """`grid` as a tuple whose product is `tokens`; ValueError if it is missing or does not fit."""
+    if grid is None:
+        raise ValueError(f"grid must be given, such as grid=(H, W) with H·W = {tokens}: it is never guessed")
+    grid = tuple(int(g) for g in grid)
+    if axes is not None and len(grid) != axes:
+        raise ValueError(f"grid must have {axes} axes, got {grid}")
+    if math.prod(grid) != tokens:
+        raise ValueError(f"grid must multiply to the number of tokens {tokens}, got {grid}")
+    return grid
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(B, N, H·D)` to `(B, H, N, D)`."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """`(B, H, N, D)` to `(B, N, H·D)`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def pattern_for(causal: bool, pattern: Pattern | None, offset: int) -> Pattern | None:
+    """The pattern of one call: what the caller gave, made causal if the mechanism is, seen from position `offset`."""
+    from attnlab.patterns import Causal
+
+    if causal:
+        pattern = Causal() if pattern is None else pattern & Causal()
+    return pattern.shift(offset) if pattern is not None else None

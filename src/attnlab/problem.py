@@ -1,0 +1,87 @@
+"""One call of attend as data: what the planner chooses a backend for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnlab.patterns import Causal, Full, Pattern
+from attnlab.weightings import Softmax, Weighting
+
+Bias = Tensor | Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Shapes and choices of one `attend` call, without the values of q, k and v.
+
+    `key` compares two problems for the planner's cache: equal keys get the same backend.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    nq: int
+    nk: int
+    dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    pattern: Pattern
+    weighting: Weighting
+    bias: Bias | None
+    scale: float
+    dropout: float
+    return_lse: bool
+    needs_grad: bool
+    compiling: bool
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key-value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def is_full(self) -> bool:
+        return isinstance(self.pattern, Full)
+
+    @property
+    def is_causal(self) -> bool:
+        return isinstance(self.pattern, Causal)
+
+    @property
+    def is_softmax(self) -> bool:
+        return self.weighting == Softmax()
+
+    @property
+    def bias_tensor(self) -> Tensor | None:
+        return self.bias if isinstance(self.bias, Tensor) else None
+
+    def materialised_bias(self) -> Tensor | None:
+        """The bias as a tensor broadcastable to (B, H, Nq, Nk): memory Nq·Nk if it was a function of indices."""
+        if self.bias is None or isinstance(self.bias, Tensor):
+            return self.bias
+        b, h, q, k = self.indices()
+        return self.bias(b, h, q, k).to(self.dtype)
+
+    def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Batch, head, query and key indices, broadcastable to (B, H, Nq, Nk)."""
+        at = self.device
+        return (
+            torch.arange(self.batch, device=at).view(-1, 1, 1, 1),
+            torch.arange(self.heads, device=at).view(-1, 1, 1),
+            torch.arange(self.nq, device=at).view(-1, 1),
+            torch.arange(self.nk, device=at),
+        )
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        bias = None if self.bias is None else (self.bias_tensor is not None, getattr(self.bias, "requires_grad", False))
+        return (
+            *(self.batch, self.heads, self.kv_heads, self.nq, self.nk, self.dim, self.value_dim, self.dtype),
+            *(self.device.type, self.pattern, self.weighting, bias, self.dropout > 0, self.return_lse),
+            *(self.needs_grad, self.compiling),
+        )
