@@ -34,7 +34,7 @@ def test_equals_the_authors_code(path: Path) -> None:
     inputs = {n: t.requires_grad_(n in groups["grad_in"]) for n, t in groups["in"].items()}
 
     adapter = find(case["repository"], case["name"])
-    module = adapter.build(parse_arguments(case["arguments"], case["name"]), groups["param"])
+    module = adapter.build(parse_arguments(case["arguments"], case["name"], case.get("call") or ""), groups["param"])
     if isinstance(module, torch.nn.Module):
         module.eval()
     outputs = adapter.run(module, inputs)

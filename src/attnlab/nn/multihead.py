@@ -38,7 +38,7 @@ class MultiHead(Mechanism):
     Args:
         dim: C.
         heads, kv_heads, head_dim: H; Hkv, which divides H (H if None); D (C/H if None).
-        bias: biases in both projections.
+        bias: biases in both projections; out_bias: in the output projection, where that differs.
         causal: each token sees itself and those before it.
         position: called as `position(q, k, offset) -> (q, k)` on heads (a rotary embedding, say).
         qk_norm: builds a norm from a width, for q and for k per head (`nn.RMSNorm`, say).
@@ -57,12 +57,13 @@ class MultiHead(Mechanism):
         position: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
         qk_norm: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__(dim, causal=causal)
         self.heads = heads
         self.kv_heads, self.head_dim = check_heads(dim, heads, kv_heads, head_dim)
         self.wqkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
-        self.wo = nn.Linear(heads * self.head_dim, dim, bias=bias)
+        self.wo = nn.Linear(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
         self.position = position
         self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()

@@ -70,10 +70,11 @@ def find(repository: str, name: str) -> type[Adapter]:
     return max(fitting, key=lambda pair: pair[0])[1]
 
 
-def parse_arguments(raw: Any, case_name: str = "") -> dict[str, Any]:
+def parse_arguments(raw: Any, case_name: str = "", call: str = "") -> dict[str, Any]:
     """Constructor arguments as a dict, whether they came as one, as a Python literal, or as "a=1, b=2" with remarks.
 
-    The untouched text is kept under "text" and the official class's full name under "case_name".
+    The untouched text is kept under "text", the official class's full name under "case_name", and how it was called, in
+    words, under "call".
     """
     found: dict[str, Any] = {}
     if isinstance(raw, Mapping):
@@ -88,7 +89,7 @@ def parse_arguments(raw: Any, case_name: str = "") -> dict[str, Any]:
         else:
             for key, value in re.findall(r"(\w+)\s*=\s*(\([^)]*\)|\[[^\]]*\]|[^,;\s]+)", raw):
                 found[key] = _literal(value)
-    return {**found, "text": raw if isinstance(raw, str) else "", "case_name": case_name}
+    return {**found, "text": raw if isinstance(raw, str) else "", "case_name": case_name, "call": call}
 
 
 def _literal(text: str) -> Any:
