@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.nn.mechanism import Mechanism, check_grid, check_heads
 
 
 @register(
@@ -25,14 +26,14 @@ from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
         sample={"heads": 4},
     )
 )
-class OutlookAttention(nn.Module):
+class OutlookAttention(Mechanism):
     """Mixes each k×k window by weights that one linear layer reads off the window's centre token: no query meets a key.
 
         A = softmax(scale · Wa pool(x))      one k²×k² matrix per window and head
         y = Wo fold(A · unfold(Wv x))        windows overlap; what they write to a pixel is summed, not averaged
 
     x (B, H·W, C) with grid=(H, W) → the same shape. Windows stand `stride` apart, ⌈H/s⌉·⌈W/s⌉ of them; `pool` averages
-    the s×s tokens that a window stands for. Cost: 2 N C² + N/s² · h k⁴ (C + C/h). Source: arXiv 2106.13112 (sail-sg/volo).
+    the s×s tokens that a window stands for. Cost: 2NC² + N/s² · k⁴ (h+1) C. Source: arXiv 2106.13112 (sail-sg/volo).
 
     The rows of `attn` are ordered (value slot, head, output slot), so that the softmax runs over a strided axis: that
     vectorises, where a contiguous axis of 9 does not (6 times faster). The authors' order is (head, output, value).
@@ -51,16 +52,15 @@ class OutlookAttention(nn.Module):
         scale: float | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(dim)
         if causal:
-            raise ValueError("causal=True: outlook attention mixes whole windows; only causal=False exists")
-        if dim % heads:
-            raise ValueError(f"dim must be a multiple of heads, got dim={dim}, heads={heads}")
+            raise ValueError("causal must be False: outlook attention mixes whole windows")
+        head_dim = check_heads(dim, heads)[1]
         if kernel < 1 or stride < 1:
             raise ValueError(f"kernel and stride must be at least 1, got kernel={kernel}, stride={stride}")
         self.heads, self.kernel, self.stride = heads, kernel, stride
         self.padding = (kernel - 1) // 2 if padding is None else padding
-        self.scale = (dim // heads) ** -0.5 if scale is None else scale
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.dropout = dropout
         self.wv = nn.Linear(dim, dim, bias=bias)
         self.attn = nn.Linear(dim, kernel**4 * heads)
@@ -71,24 +71,23 @@ class OutlookAttention(nn.Module):
         x: Tensor,
         context: Tensor | None = None,
         *,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         pattern: Any = None,
         state: Any = None,
     ) -> Tensor:
-        if context is not None or pattern is not None or state is not None:
-            raise ValueError("outlook attention takes neither context, pattern nor state: its window is its pattern")
-        if grid is None or grid[0] * grid[1] != x.shape[1]:
-            raise ValueError(f"grid=(H, W) with H·W = {x.shape[1]} tokens is wanted, got {grid}")
-        maps = x.unflatten(1, tuple(grid))
+        self.check(x)
+        self.refuse(context=context, pattern=pattern, state=state)
+        grid = check_grid(grid, x.shape[1], axes=2)
+        maps = x.unflatten(1, grid)
         weights = self.weights(maps)
         values = Unfold.apply(self.wv(maps), self.heads, self.kernel, self.stride, self.padding)
         if weights.shape[:3] != values.shape[:3]:
             raise ValueError(
-                f"padding={self.padding} gives {tuple(values.shape[1:3])} windows, but stride {self.stride} on grid "
-                f"{tuple(grid)} wants {tuple(weights.shape[1:3])}; use padding = (kernel - 1) // 2"
+                f"padding={self.padding} gives {tuple(values.shape[1:3])} windows, on grid {grid} stride {self.stride} "
+                f"wants {tuple(weights.shape[1:3])}; use padding = (kernel - 1) // 2"
             )
         mixed = F.dropout(weights, self.dropout, self.training) @ values
-        return self.wo(Fold.apply(mixed, tuple(grid), self.kernel, self.stride, self.padding).flatten(1, 2))
+        return self.wo(Fold.apply(mixed, grid, self.kernel, self.stride, self.padding).flatten(1, 2))
 
     def weights(self, maps: Tensor) -> Tensor:
         """The predicted mixing matrices, rows summing to 1: maps (B, H, W, C) → (B, ⌈H/s⌉, ⌈W/s⌉, heads, k², k²)."""
