@@ -74,8 +74,10 @@ class Card:
     """What is known about one system.
 
     `growth` is the exponent with which FLOPs grow in the number of tokens; `sample` holds the constructor keywords
-    (beside `dim`) with which tests and studies build the thing; `compiles` and `exports` are empty when
-    torch.compile(fullgraph=True) and torch.export take it, and otherwise say why not.
+    (beside `dim`) with which tests and studies build the thing; `grid_axes` is the number of axes of the grid that it
+    takes; `limit`, for an EXACT claim, builds it as `limit(dim, grid)` where it equals `MultiHead` with the same `wqkv`
+    and `wo`; `compiles` and `exports` are empty when torch.compile(fullgraph=True) and torch.export take it, and
+    otherwise say why not.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Card:
     system: str = ""  # the name under which the catalogue lists the paper
     sample: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Size] = field(default_factory=dict)
+    grid_axes: int = 2
+    limit: Callable[..., Any] | None = None
     compiles: str = ""
     exports: str = ""
 

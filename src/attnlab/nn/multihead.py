@@ -26,6 +26,7 @@ from attnlab.patterns import Pattern
         cost="N²",
         growth=2.0,
         sample=dict(heads=4, kv_heads=2),
+        limit=lambda dim, grid: MultiHead(dim, heads=4),
     )
 )
 class MultiHead(Mechanism):
