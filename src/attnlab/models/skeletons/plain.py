@@ -192,9 +192,10 @@ class Plain(nn.Module):
                 f"x must be images (B, {self.in_channels}, H, W), sides multiples of patch={self.patch}, "
                 f"got {tuple(x.shape)}"
             )
-        maps = self.patches(x)
+        # In channels-last memory a map is its tokens already.
+        maps = self.patches(x.contiguous(memory_format=torch.channels_last))
         grid = (maps.shape[2], maps.shape[3])
-        tokens = maps.flatten(2).transpose(1, 2)
+        tokens = maps.permute(0, 2, 3, 1).flatten(1, 2)
         if self.class_token is not None:
             tokens = torch.cat((self.class_token.expand(len(x), 1, -1), tokens), dim=1)
         return self.dropout(self.positions(tokens, grid=grid)), grid
@@ -211,7 +212,7 @@ class Plain(nn.Module):
             tokens = block(tokens, grid=grid)
             if layer in wanted:
                 places = self.encoder.norm(tokens)[:, self.positions.prefix :]
-                maps[layer] = places.transpose(1, 2).unflatten(2, grid)
+                maps[layer] = places.unflatten(1, grid).permute(0, 3, 1, 2)
         return [maps[layer] for layer in wanted if layer is not None]
 
     def forward(self, x: Tensor) -> Tensor:
