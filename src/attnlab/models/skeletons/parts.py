@@ -113,6 +113,32 @@ class ConvStem(nn.Sequential):
                 self.add_module(f"act{i}", activation())
 
 
+class ConvNorm(nn.Sequential):
+    """A convolution without bias, a batch norm, and an activation if given; odd kernels keep the size at stride 1."""
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel: int = 3,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(out_dim)
+        if activation is not None:
+            self.act = activation
+
+
+def kaiming_conv(module: nn.Module) -> None:
+    """For `Module.apply`: the initialisation of residual conv nets, N(0, 2 / (kernel area · output channels))."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+
 def trunc_normal_linear(module: nn.Module, std: float = 0.02) -> None:
     """For `Module.apply`: the initialisation of vision transformers, truncated normal weights and zero biases."""
     if isinstance(module, nn.Linear):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from operator import mul
 from typing import Literal
 
@@ -121,10 +121,10 @@ class Pyramid(nn.Module):
     Args:
         dims, depths: width and number of blocks of each stage.
         strides: how much the stem, then each later stage's downsample, shrinks the map.
-        stem: image → map of `dims[0]` channels; default patches: `Downsample(in_channels, dims[0], strides[0])`.
+        stem: image → map of `stem_dim` channels (default `dims[0]`); by default patches, `Downsample` of `strides[0]`.
         block: builds the block that stands at a `Place`.
         downsample: builds what opens stage i ≥ 1 from (dim, out_dim, stride); None where blocks do it themselves.
-        norm: the last one, over the channels of a map (any module of map → map; None for none).
+        norm: map → map of `head_dim` channels (default `dims[-1]`) before pooling; None for none.
         num_classes: 0 for no head: `forward` then returns the pooled features.
         drop_path: rate at the last block; rises linearly from 0.
         dropout: before the head's linear layer.
@@ -138,8 +138,10 @@ class Pyramid(nn.Module):
         block: Callable[[Place], nn.Module],
         strides: Sequence[int] = (4, 2, 2, 2),
         stem: nn.Module | None = None,
+        stem_dim: int | None = None,
         downsample: Callable[[int, int, int], nn.Module] | None = Downsample,
         norm: nn.Module | None = None,
+        head_dim: int | None = None,
         in_channels: int = 3,
         num_classes: int = 1000,
         drop_path: float = 0.0,
@@ -157,27 +159,18 @@ class Pyramid(nn.Module):
         rates = iter(drop_path_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList()
         for stage, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            before = dims[max(stage - 1, 0)]
-            shrinks = stage > 0 and downsample is not None
-            down = downsample(before, dim, strides[stage]) if shrinks and downsample is not None else None
-            inside = stage > 0 and downsample is None  # the stage's first block shrinks and widens
-            blocks = [
-                block(
-                    Place(
-                        stage,
-                        index,
-                        dim,
-                        input_dim=before if inside and index == 0 else dim,
-                        stride=strides[stage] if inside and index == 0 else 1,
-                        drop_path=next(rates),
-                    )
-                )
-                for index in range(depth)
+            before, stride = (dims[stage - 1], strides[stage]) if stage else (stem_dim or dim, 1)
+            down = downsample(before, dim, stride) if stage and downsample is not None else None
+            places = [
+                Place(stage, index, dim, before, stride, rate)
+                if index == 0 and downsample is None
+                else Place(stage, index, dim, dim, 1, rate)
+                for index, rate in enumerate(islice(rates, depth))
             ]
-            self.stages.append(Stage(down, blocks))
+            self.stages.append(Stage(down, [block(place) for place in places]))
         self.norm = norm
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(head_dim or dims[-1], num_classes) if num_classes else nn.Identity()
 
     def init_weights(self) -> None:
         self.apply(trunc_normal_linear)
