@@ -75,7 +75,7 @@ class Card:
 
     `growth` is the exponent with which FLOPs grow in the number of tokens; `sample` holds the constructor keywords
     (beside `dim`) with which tests and studies build the thing; `grid_axes` is the number of axes of the grid that it
-    takes; `limit`, for an EXACT claim, builds it as `limit(dim, grid)` where it equals `MultiHead` with the same `wqkv`
+    takes; `probe` is the input size that a network takes at `sample`, (height, width) or (length,); `limit`, for an EXACT claim, builds it as `limit(dim, grid)` where it equals `MultiHead` with the same `wqkv`
     and `wo`; `compiles` and `exports` are empty when torch.compile(fullgraph=True) and torch.export take it, and
     otherwise say why not.
     """
@@ -92,6 +92,7 @@ class Card:
     sample: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Size] = field(default_factory=dict)
     grid_axes: int = 2
+    probe: tuple[int, ...] = ()
     limit: Callable[..., Any] | None = None
     compiles: str = ""
     exports: str = ""
