@@ -7,10 +7,10 @@ import io
 from typing import Any
 
 import torch
-from conformance.claims import close, shake
 from torch import Tensor, nn
 
 from attnlab.cards import BACKBONE, CAUSAL_SELF, STREAMING, Card
+from conformance.claims import close, shake
 
 
 class Network:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conformance import networks
-from conformance.claims import Subject, claims_of
 
 from attnlab.cards import BACKBONE, FEATURES, LM, TOKENS, entries
+from conformance import networks
+from conformance.claims import Subject, claims_of
 
 MECHANISMS = [(e, check) for e in entries() if e.card.kind in (TOKENS, FEATURES) for check in claims_of(e.card)]
 NETWORKS = [(e, check) for e in entries() if e.card.kind in (BACKBONE, LM) for check in networks.CHECKS]

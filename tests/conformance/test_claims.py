@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance import claims, networks
-from conformance.claims import Subject
 from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, BACKBONE, FEATURES, NONCAUSAL_SELF, TOKENS, Capability, Card, Size
-from attnlab.nn.mechanism import Mechanism, join_heads, split_heads
+from attnlab.nn.mechanism import Mechanism
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Causal
+from conformance import claims, networks
+from conformance.claims import Subject
 
 
 def card(capabilities: Capability = NONCAUSAL_SELF, **keywords) -> Card:
