@@ -46,7 +46,7 @@ class ViT(Plain):
     """The vision transformer: 16×16 patches, a class token, learned positions, and attention from all to all.
 
     Images (B, in_channels, H, W) → logits (B, num_classes); `forward_features` gives maps. DeiT (arXiv 2012.12877) is
-    the same network trained otherwise. Cost per block: 12NC² + 2N²C. Source: arXiv 2010.11929; names and sizes as timm's.
+    the same network trained otherwise. Cost per block: 12NC² + 2N²C. Source: arXiv 2010.11929; names as in timm.
 
     Args:
         heads, qkv_bias: of the attention. Everything else is `Plain`'s.
