@@ -27,9 +27,21 @@ _HOME = {
     "register": "attnlab.cards",
     "Card": "attnlab.cards",
 }
-_MODULES = ("patterns", "routing", "layouts", "weightings", "positions", "cards", "nn", "models", "recipes", "hub", "arena")
+_MODULES = (
+    "patterns",
+    "routing",
+    "layouts",
+    "weightings",
+    "positions",
+    "cards",
+    "nn",
+    "models",
+    "recipes",
+    "hub",
+    "arena",
+)
 
-__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME, *_MODULES]
 
 if TYPE_CHECKING:
     from attnlab.attend import attend as attend

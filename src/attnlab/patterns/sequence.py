@@ -81,7 +81,7 @@ class PowersOfTwo(Pattern):
     """Causal blocks at distances 0, 1, 2, 4, 8, …: any distance d is reached in popcount(d) ≤ log₂ d + 1 layers.
 
     Block distance δ = ⌊q/block⌋ − ⌊k/block⌋; key k ≤ q is visible if δ is 0 or a power of two, or δ < `window` blocks,
-    or k lies in the first `sinks` blocks. Out-degree log₂ n. PowerAttention, arXiv 2503.03588, whose defaults these are.
+    or k lies in the first `sinks` blocks. Out-degree log₂ n. PowerAttention, arXiv 2503.03588 (these defaults).
     """
 
     block: int = 256
