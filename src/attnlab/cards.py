@@ -164,11 +164,12 @@ def names(
     *, kind: Kind | str | None = None, family: str | None = None, capability: Capability | None = None
 ) -> list[str]:
     """Names of the registered systems, filtered by kind, family and capability."""
-    kind = None if kind is None else Kind(kind)
+    if kind is not None and kind not in list(Kind):
+        raise ValueError(f"kind must be one of {', '.join(k.value for k in Kind)}, got {kind!r}")
     return [
         e.card.name
         for e in entries()
-        if (kind is None or e.card.kind is kind)
+        if (kind is None or e.card.kind == kind)
         and (family is None or e.card.family == family)
         and (capability is None or capability in e.card.capabilities)
     ]

@@ -31,19 +31,42 @@ class Adapter(Protocol):
 
 
 _adapters: dict[tuple[str, str], type] = {}
+_by_ours: dict[type, type] = {}
 _loaded = False
 
 
-def official(repository: str, *names: str) -> Callable[[type], type]:
-    """Class decorator: this adapter serves the classes or functions `names` of `repository` ("owner/name")."""
+def official(repository: str, *names: str, ours: type | None = None) -> Callable[[type], type]:
+    """Class decorator: this adapter serves the classes or functions `names` of `repository` ("owner/name").
+
+    `ours` is our class whose checkpoints in the authors' layout the adapter's `rename` reads (`load_official`).
+    """
 
     def add(adapter: type) -> type:
         for name in names:
             if _adapters.setdefault((repository, name), adapter) is not adapter:
                 raise ValueError(f"{repository} {name} already has an adapter")
+        if ours is not None:
+            _by_ours.setdefault(ours, adapter)
         return adapter
 
     return add
+
+
+def _load() -> None:
+    global _loaded
+    if not _loaded:
+        for module in pkgutil.iter_modules(__path__, __name__ + "."):
+            importlib.import_module(module.name)
+        _loaded = True
+
+
+def adapter_of(ours: type) -> Any:
+    """The adapter whose `rename` reads the authors' checkpoints for our class `ours`."""
+    _load()
+    if ours not in _by_ours:
+        known = ", ".join(sorted(c.__name__ for c in _by_ours))
+        raise ValueError(f"no official checkpoint layout is known for {ours.__name__}; there are {known}")
+    return _by_ours[ours]
 
 
 def find(repository: str, name: str) -> type[Adapter]:
@@ -52,11 +75,7 @@ def find(repository: str, name: str) -> type[Adapter]:
     `repository` and `name` may carry more text (a path, a remark): of the adapters whose repository occurs in
     `repository` and whose name occurs in `name` as whole words, the one with the longest name is it.
     """
-    global _loaded
-    if not _loaded:
-        for module in pkgutil.iter_modules(__path__, __name__ + "."):
-            importlib.import_module(module.name)
-        _loaded = True
+    _load()
     fitting = [
         (len(ours), adapter)
         for (where, ours), adapter in _adapters.items()

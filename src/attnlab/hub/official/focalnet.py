@@ -51,7 +51,7 @@ def _modulation(arguments: Mapping[str, Any], dim: int) -> OurModulation:
     )
 
 
-@official(_REPOSITORY, "FocalModulation")
+@official(_REPOSITORY, "FocalModulation", ours=OurModulation)
 class FocalModulation:
     """On maps `(B, H, W, C)`."""
 
@@ -99,7 +99,7 @@ class FocalNetBlock:
         return {"y": block(x).permute(0, 2, 3, 1).flatten(1, 2)}
 
 
-@official(_REPOSITORY, "FocalNet")
+@official(_REPOSITORY, "FocalNet", ours=Ours)
 class FocalNet:
     """Images to logits."""
 
