@@ -55,7 +55,7 @@ class KVCache:
             if end <= buffer.shape[2]:
                 # Autograd must not see one buffer written twice; decoding has no gradient anyway.
                 return buffer if not (new.requires_grad or buffer.requires_grad) else buffer.clone()
-        grown = new.new_zeros(*new.shape[:2], max(end, 2 * self.length, 16), new.shape[3])
+        grown = new.new_empty(*new.shape[:2], max(end, 2 * self.length, 16), new.shape[3])
         if buffer is not None:
             grown[:, :, : self.length] = buffer[:, :, : self.length]
         return grown

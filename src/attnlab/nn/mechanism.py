@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnlab.patterns import Pattern
+from attnlab.patterns import Causal, Pattern
 
 
 class Mechanism(nn.Module):
@@ -86,10 +86,13 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def pattern_for(causal: bool, pattern: Pattern | None, offset: int) -> Pattern | None:
-    """The pattern of one call: what the caller gave, made causal if the mechanism is, seen from position `offset`."""
-    from attnlab.patterns import Causal
+def pattern_for(causal: bool, pattern: Pattern | None, offset: int, queries: int | None = None) -> Pattern | None:
+    """The pattern of one call: what the caller gave, made causal if the mechanism is, seen from position `offset`.
 
+    With `queries=1` and nothing given it is None: the token that comes last may see every key so far.
+    """
+    if pattern is None and (not causal or (queries == 1 and offset > 0)):
+        return None
     if causal:
         pattern = Causal() if pattern is None else pattern & Causal()
     return pattern.shift(offset) if pattern is not None else None

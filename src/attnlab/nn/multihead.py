@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from attnlab.attend import attend
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, EXACT, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import KVCache
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, pattern_for, split_heads
 from attnlab.patterns import Pattern
+from attnlab.positions import Position
+from attnlab.problem import Bias
 
 
 @register(
@@ -41,7 +44,7 @@ class MultiHead(Mechanism):
         heads, kv_heads, head_dim: H; Hkv, which divides H (H if None); D (C/H if None).
         bias: biases in both projections; out_bias: in the output projection, where that differs.
         causal: each token sees itself and those before it.
-        position: called as `position(q, k, offset) -> (q, k)` on heads (a rotary embedding, say).
+        position: from `attnlab.positions` (`Rotary`, `ALiBi`, …), or called as `position(q, k, offset) -> (q, k)`.
         qk_norm: builds a norm from a width, for q and for k per head (`nn.RMSNorm`, say).
         dropout: of the weights, while training.
     """
@@ -55,7 +58,7 @@ class MultiHead(Mechanism):
         head_dim: int | None = None,
         bias: bool = False,
         causal: bool = False,
-        position: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
+        position: Position | Callable[..., tuple[Tensor, Tensor]] | None = None,
         qk_norm: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
         out_bias: bool | None = None,
@@ -70,27 +73,36 @@ class MultiHead(Mechanism):
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.dropout = dropout
 
-    def project(self, x: Tensor, context: Tensor | None = None, offset: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """q `(B, H, N, D)` of `x`, and k, v `(B, Hkv, M, D)` of `context` (or of `x`), normed and positioned.
+    @property
+    def on_grid(self) -> bool:
+        """Whether the position wants the tokens' grid."""
+        return getattr(self.position, "on_grid", False)
 
-        `offset` is the position of x's first token in the sequence.
-        """
+    def qkv(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The projections alone: q `(B, H, N, D)` of `x`, k and v `(B, Hkv, M, D)` of `context` (or of `x`)."""
         widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         if context is None:
             q, k, v = self.wqkv(x).split(widths, -1)
         else:
-            (wq, wkv), (bq, bkv) = self._parts(widths)
-            q = nn.functional.linear(x, wq, bq)
-            k, v = nn.functional.linear(context, wkv, bkv).chunk(2, -1)
-        q, k = self.q_norm(split_heads(q, self.heads)), self.k_norm(split_heads(k, self.kv_heads))
-        if self.position is not None:
-            q, k = self.position(q, k, offset)
-        return q, k, split_heads(v, self.kv_heads)
+            cut, bias = widths[0], self.wqkv.bias
+            q = linear(x, self.wqkv.weight[:cut], None if bias is None else bias[:cut])
+            k, v = linear(context, self.wqkv.weight[cut:], None if bias is None else bias[cut:]).chunk(2, -1)
+        return split_heads(q, self.heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
 
-    def _parts(self, widths: list[int]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-        cut = widths[0]
-        weight, bias = self.wqkv.weight, self.wqkv.bias
-        return (weight[:cut], weight[cut:]), ((None, None) if bias is None else (bias[:cut], bias[cut:]))
+    def project(
+        self, x: Tensor, context: Tensor | None = None, offset: int = 0, *, grid: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`qkv`, with q and k normed and turned to their positions; `offset` is that of x's first token."""
+        q, k, v = self.qkv(x, context)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.position is not None:
+            q, k = self.position(q, k, offset) if grid is None else self.position(q, k, offset, grid=grid)
+        return q, k, v
+
+    def bias(self, q: Tensor, k: Tensor, offset: int = 0) -> Bias | None:
+        """What the position adds to the scores, if it does."""
+        bias = self.position.bias(q.shape[2], k.shape[2], offset) if isinstance(self.position, Position) else None
+        return bias.to(q.dtype) if isinstance(bias, Tensor) else bias
 
     def merge(self, heads: Tensor) -> Tensor:
         """`(B, H, N, D)` through the output projection to `(B, N, C)`."""
@@ -104,9 +116,15 @@ class MultiHead(Mechanism):
             raise ValueError("streaming needs causal=True")
         return KVCache()
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None) -> Tensor:
-        """Heads from q, k, v: the line in which relatives differ."""
-        return attend(q, k, v, pattern=pattern, dropout=self.dropout if self.training else 0.0)
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, pattern: Pattern | None = None, offset: int = 0
+    ) -> Tensor:
+        """Heads `(B, H, N, D)` from q, k, v: the line in which relatives differ.
+
+        `x` are the queries' tokens, of which the first stands at position `offset`, and `pattern` already knows it.
+        """
+        dropout = self.dropout if self.training else 0.0
+        return attend(q, k, v, pattern=pattern, bias=self.bias(q, k, offset), dropout=dropout)
 
     def forward(
         self,
@@ -117,14 +135,24 @@ class MultiHead(Mechanism):
         pattern: Pattern | None = None,
         state: KVCache | None = None,
     ) -> Any:
-        """`(B, N, C)` → `(B, N, C)`, or `(y, state)` with a state. `grid` is not used."""
+        """`(B, N, C)` → `(B, N, C)`, or `(y, state)` with a state. `grid` is for positions that want one."""
         self.check(x, context)
         offset = 0
         if state is not None:
             self.refuse(context=context)
             offset = state.length
-        q, k, v = self.project(x, context, offset)
+        q, k, v = self.project(x, context, offset, grid=grid if self.on_grid else None)
         if state is not None:
             k, v = state.append(k, v)
-        y = self.merge(self.mix(q, k, v, pattern_for(self.causal, pattern, offset)))
+        pattern = pattern_for(self.causal, pattern, offset, queries=x.shape[1])
+        y = self.merge(self.mix(q, k, v, x=x, pattern=pattern, offset=offset))
         return y if state is None else (y, state)
+
+    def weights(self, x: Tensor, context: Tensor | None = None, **keywords: Any) -> Tensor:
+        """The weights `(B, H, N, M)` with which `forward(x, context, **keywords)` mixes values: to look at, small N."""
+        q, k, _ = self.project(x, context, grid=keywords.pop("grid", None) if self.on_grid else None)
+        pattern = pattern_for(self.causal, keywords.pop("pattern", None), 0)
+        self.refuse(**keywords)
+        # The unit vectors as values: what comes out is what each value would have been weighted by.
+        units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
+        return self.mix(q, k, units, x=x, pattern=pattern)

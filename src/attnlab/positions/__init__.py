@@ -1,0 +1,24 @@
+"""What places do: rotations of queries and keys, biases on scores, vectors on tokens. May import torch only."""
+
+from attnlab.positions.base import Position
+from attnlab.positions.bias import ALiBi, BucketBias, TableBias, alibi_slopes, buckets
+from attnlab.positions.learned import Learned
+from attnlab.positions.rotary import NTK, Linear, Llama3, Rotary, RotaryGrid, Scaling, YaRN, rotate
+
+__all__ = [
+    "NTK",
+    "ALiBi",
+    "BucketBias",
+    "Learned",
+    "Linear",
+    "Llama3",
+    "Position",
+    "Rotary",
+    "RotaryGrid",
+    "Scaling",
+    "TableBias",
+    "YaRN",
+    "alibi_slopes",
+    "buckets",
+    "rotate",
+]

@@ -1,0 +1,129 @@
+"""Biases on scores that depend on where query and key stand."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from attnlab.positions.base import IndexBias, IndexRow, Position
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The slopes of ALiBi, float64: 2^(−8/H), 2^(−16/H), … for H a power of two.
+
+    Otherwise those of the power of two below H, then every other one of the power above.
+    """
+    if heads < 1:
+        raise ValueError(f"heads must be at least 1, got {heads}")
+    below = 2 ** int(math.log2(heads))
+    slopes = 2.0 ** (-8.0 * torch.arange(1, below + 1, dtype=torch.float64) / below)
+    if below < heads:
+        slopes = torch.cat((slopes, alibi_slopes(2 * below)[::2][: heads - below]))
+    return slopes
+
+
+class ALiBi(Position):
+    """Subtracts from each score a multiple of the distance, steeper for some heads than for others.
+
+        bias_ij = −m_h |i − j|        m_h from `alibi_slopes`
+
+    No parameters and any length. `signed=True` gives m_h (j − i), which rewards keys ahead of the query: the same for
+    causal attention. Source: arXiv 2108.12409.
+    """
+
+    def __init__(self, heads: int, *, signed: bool = False) -> None:
+        super().__init__()
+        self.heads, self.signed = heads, signed
+        with torch.device("cpu"):
+            slopes = alibi_slopes(heads)
+        self.register_buffer("slopes", slopes.float(), persistent=False)
+        self.slopes: Tensor
+
+    def bias(self, nq: int, nk: int, offset: int = 0) -> IndexBias:
+        def of(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            ahead = k - (q + offset)
+            return self.slopes[h] * (ahead if self.signed else -ahead.abs())
+
+        return of
+
+
+class TableBias(Position):
+    """A learned bias for each head and each displacement inside a window of any number of axes, as in Swin.
+
+        bias_ij = table[h, place(i) − place(j)]        table (Π (2W−1), H), zero at first or as `std` says
+
+    Tokens are the window's places in row-major order: window=(7, 7) for Swin, (n,) for a sequence of at most n.
+    Source: arXiv 2103.14030.
+    """
+
+    def __init__(self, window: tuple[int, ...], heads: int, *, std: float = 0.02) -> None:
+        super().__init__()
+        if not window or min(window) < 1:
+            raise ValueError(f"window must be one or more positive sizes, got {window}")
+        self.window, self.heads = tuple(window), heads
+        self.table = nn.Parameter(torch.empty(math.prod(2 * w - 1 for w in window), heads))
+        nn.init.trunc_normal_(self.table, std=std)
+
+    def place(self, q: Tensor, k: Tensor) -> Tensor:
+        """The row of the table for tokens `q` and `k` of the window: integer tensors that broadcast."""
+        row, stride = torch.zeros_like(q - k), 1
+        for size in reversed(self.window):
+            row = row + (q % size - k % size + size - 1) * stride
+            q, k, stride = q // size, k // size, stride * (2 * size - 1)
+        return row
+
+    def bias(self, nq: int, nk: int, offset: int = 0) -> Tensor | IndexBias:
+        room = math.prod(self.window)
+        if max(nq + offset, nk) > room:
+            raise ValueError(f"window {self.window} has {room} places, got {max(nq + offset, nk)} tokens")
+        return _of_table(self.table, self.place, nq, nk, offset)
+
+
+def buckets(distance: Tensor, *, count: int = 32, limit: int = 128, causal: bool = True) -> Tensor:
+    """T5's bucket of each `distance` = query − key: small distances one each, larger ones on a log scale to `limit`.
+
+    Not causal: half of the buckets are for keys ahead of the query. Causal: keys ahead share bucket 0 with distance 0.
+    """
+    first = torch.zeros_like(distance)
+    if causal:
+        distance = distance.clamp_min(0)
+    else:
+        count //= 2
+        first = (distance < 0) * count
+        distance = distance.abs()
+    exact = count // 2
+    # Float32 as in T5: the borders of the large buckets lie where its rounding puts them.
+    log = torch.log(distance.clamp_min(1).float() / exact) / math.log(limit / exact)
+    large = (exact + (log * (count - exact)).long()).clamp_max(count - 1)
+    return first + torch.where(distance < exact, distance, large)
+
+
+class BucketBias(Position):
+    """A learned bias for each head and each of T5's buckets of the distance: any length with `count` · H numbers.
+
+    Source: arXiv 1910.10683. See `buckets`.
+    """
+
+    def __init__(self, heads: int, *, count: int = 32, limit: int = 128, causal: bool = True) -> None:
+        super().__init__()
+        if count < (2 if causal else 4) or count % 2 or limit <= count // 2:
+            raise ValueError(f"count must be even and limit greater than half of it, got {count} and {limit}")
+        self.heads, self.count, self.limit, self.causal = heads, count, limit, causal
+        self.table = nn.Parameter(torch.randn(count, heads) * 0.02)
+
+    def bias(self, nq: int, nk: int, offset: int = 0) -> Tensor | IndexBias:
+        def row(q: Tensor, k: Tensor) -> Tensor:
+            return buckets(q - k, count=self.count, limit=self.limit, causal=self.causal)
+
+        return _of_table(self.table, row, nq, nk, offset)
+
+
+def _of_table(table: Tensor, row: IndexRow, nq: int, nk: int, offset: int) -> Tensor | IndexBias:
+    """Entries of a learned `table (rows, H)`: a tensor `(H, nq, nk)` where it is to be trained, else a function."""
+    if table.requires_grad and torch.is_grad_enabled():
+        # A backend that recomputes scores in its backward would not see a parameter inside a function.
+        places = torch.arange(max(nq + offset, nk), device=table.device)
+        return table[row(places[offset : offset + nq, None], places[:nk])].movedim(-1, 0)
+    return lambda b, h, q, k: table[row(q + offset, k), h]
