@@ -1,4 +1,4 @@
-"""microsoft/FocalNet (arXiv 2203.11926): the modulation, its block and the classification network."""
+"""microsoft/FocalNet (arXiv 2203.11926): the modulation, its block and the network; and timm's network."""
 
 from __future__ import annotations
 
@@ -31,11 +31,20 @@ _NETWORK: tuple[Rule, ...] = (
     (r"^layers\.", "stages."),
     *_BLOCK,
 )
+_TIMM: tuple[Rule, ...] = (
+    (r"^stem\.proj\.", "stem.conv."),
+    (r"downsample\.proj\.", "downsample.conv."),
+    (r"^layers\.", "stages."),
+    (r"norm(\d)_post\.", r"norm\1."),
+    (r"ls(\d)\.gamma$", r"gamma_\1"),
+    (r"^head\.fc\.", "head."),
+    *_BLOCK,
+)
 
 
 def _flat(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The modulator's 1×1 convolution as the linear layer that it is."""
-    return {n: t.flatten(1) if n.endswith("wm.weight") else t for n, t in params.items()}
+    """1×1 convolutions as the linear layers that they are."""
+    return {n: t.flatten(1) if t.ndim == 4 and t.shape[2:] == (1, 1) else t for n, t in params.items()}
 
 
 def _modulation(arguments: Mapping[str, Any], dim: int) -> OurModulation:
@@ -133,3 +142,34 @@ class FocalNet:
     @staticmethod
     def run(module: Ours, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"y": module(inputs["x"])}
+
+
+@official("huggingface/pytorch-image-models", "FocalNet")
+class TimmFocalNet:
+    """Images to logits; the same network with other names and its linear layers as 1×1 convolutions."""
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _flat(rename(params, _TIMM))
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> Ours:
+        net = Ours(
+            dim=arguments.get("embed_dim", 96),
+            depths=arguments.get("depths", (2, 2, 6, 2)),
+            levels=arguments.get("focal_levels", (2, 2, 2, 2)),
+            window=arguments.get("focal_windows", (3, 3, 3, 3)),
+            mlp_ratio=arguments.get("mlp_ratio", 4.0),
+            overlap=arguments.get("use_overlap_down", False),
+            post_norm=arguments.get("use_post_norm", False),
+            layer_scale=arguments.get("layerscale_value"),
+            post_norm_inside=arguments.get("use_post_norm_in_modulation", False),
+            normalize=arguments.get("normalize_modulator", False),
+            in_channels=arguments.get("in_chans", 3),
+            num_classes=arguments.get("num_classes", 1000),
+            drop_path=arguments.get("drop_path_rate", 0.1),
+        )
+        load(net, TimmFocalNet.rename(params))
+        return net
+
+    run = FocalNet.run

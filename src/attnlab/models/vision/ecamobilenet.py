@@ -50,6 +50,7 @@ class InvertedResidual(nn.Module):
         cost="N",
         growth=1.0,
         sample={"width": 0.25, "num_classes": 10},
+        probe=(64, 32),
         sizes={"eca_mobilenetv2": Size(3_504_903)},
     )
 )

@@ -79,6 +79,7 @@ SIZES = {
         cost="N",
         growth=1.0,
         sample={"depths": (1, 1, 1, 1), "dim": 8, "num_classes": 10},
+        probe=(64, 32),
         sizes=SIZES,
     )
 )

@@ -52,6 +52,7 @@ SIZES = {
         cost="N",
         growth=1.0,
         sample={"dim": 16, "depths": (1, 1), "num_classes": 10},
+        probe=(32, 24),
         sizes=SIZES,
     )
 )

@@ -62,8 +62,8 @@ class EfficientChannelAttention(nn.Module):
         return (windows * self.weight[:, 0]).sum(-1).sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim < 3 or x.shape[1] != self.dim:
-            raise ValueError(f"x must be (B, {self.dim}, *spatial), got {tuple(x.shape)}")
+        if x.ndim < 3 or x.shape[1] != self.dim or 0 in x.shape:
+            raise ValueError(f"x must be (B, {self.dim}, *spatial) and not empty, got {tuple(x.shape)}")
         return x * self.gate(x).view(*x.shape[:2], *(1,) * (x.ndim - 2))
 
     def extra_repr(self) -> str:

@@ -79,9 +79,9 @@ class FocalModulation(nn.Module):
         return F.linear(x.movedim(1, -1), weight, None if bias is None else bias[2 * self.dim :]).movedim(-1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != self.spatial + 2 or x.shape[1] != self.dim:
+        if x.ndim != self.spatial + 2 or x.shape[1] != self.dim or 0 in x.shape:
             axes = ", ".join("DHW"[-self.spatial :])
-            raise ValueError(f"x must be (B, {self.dim}, {axes}), got {tuple(x.shape)}")
+            raise ValueError(f"x must be (B, {self.dim}, {axes}) and not empty, got {tuple(x.shape)}")
         query, context, gates = self.wqcg(x.movedim(1, -1)).split((self.dim, self.dim, self.levels + 1), -1)
         if self.normalize:
             gates = gates / (self.levels + 1)
