@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.attend import attend
-from attnlab.cards import ANY_LENGTH, NONCAUSAL_CROSS, NONCAUSAL_SELF, PERMUTATION_EQUIVARIANT, TOKENS, Card, register
+from attnlab.cards import ANY_LENGTH, NONCAUSAL_SELF, PERMUTATION_EQUIVARIANT, TOKENS, Card, register
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, split_heads
 
 
@@ -20,7 +20,7 @@ from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, split_heads
         system="volo",
         family="cross",
         kind=TOKENS,
-        capabilities=NONCAUSAL_SELF | NONCAUSAL_CROSS | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
+        capabilities=NONCAUSAL_SELF | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
         cost="M (M + N)",
         growth=2.0,
         sample={"heads": 4},
@@ -32,6 +32,7 @@ class ClassAttention(Mechanism):
         y = Wo attend(Wq x, Wk [x, context], Wv [x, context])
 
     x (B, M, C), M = 1 for a class token, and context (B, N, C) → (B, M, C). Without a context, x attends to itself.
+    Summary tokens see each other too, so this is not cross-attention in the taxonomy's sense.
     Cost: 2 (M + N) C² + 2 M (M + N) C. Source: arXiv 2103.17239; the last two layers of VOLO (arXiv 2106.13112).
     """
 

@@ -1,0 +1,165 @@
+"""LeapLabTHU/Agent-Attention (arXiv 2312.08874): its three attention modules, and the parts of AgentSD."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnlab.hub.official import official
+from attnlab.hub.renaming import Rule, rename
+from attnlab.nn.tokens.agent import AgentAttention
+from attnlab.recipes.agent_sd import Merging, match, through_agents
+
+_REPOSITORY = "LeapLabTHU/Agent-Attention"
+
+MODULE: tuple[Rule, ...] = (
+    (r"(^|\.)qkv\.", r"\1wqkv."),
+    (r"(^|\.)proj\.", r"\1wo."),
+    (r"(^|\.)dwc\.", r"\1local."),
+    (r"(^|\.)sr\.", r"\1reduce."),
+    (r"(^|\.)an_bias$", r"\1aggregate.coarse"),
+    (r"(^|\.)ah_bias$", r"\1aggregate.rows"),
+    (r"(^|\.)aw_bias$", r"\1aggregate.columns"),
+    (r"(^|\.)ac_bias$", r"\1aggregate.place"),
+    (r"(^|\.)na_bias$", r"\1broadcast.coarse"),
+    (r"(^|\.)ha_bias$", r"\1broadcast.rows"),
+    (r"(^|\.)wa_bias$", r"\1broadcast.columns"),
+    (r"(^|\.)ca_bias$", r"\1broadcast.place"),
+)
+
+
+def agent_first(params: Mapping[str, Tensor], rules: tuple[Rule, ...] = MODULE) -> dict[str, Tensor]:
+    """Our names; every bias table as (heads, agents, places…); PVT's `q` and `kv` joined to `wqkv`."""
+    renamed = {}
+    for name, tensor in rename(params, rules).items():
+        if re.search(r"(aggregate|broadcast)\.(rows|columns|place)$", name):
+            tensor = tensor.squeeze(0)
+            tensor = tensor.movedim(-1, 1) if "broadcast" in name else tensor
+        renamed[name] = tensor
+    for name in [n for n in renamed if re.search(r"(^|\.)q\.(weight|bias)$", n)]:
+        before, after = re.split(r"(?<![^.])q\.", name)
+        renamed[f"{before}wqkv.{after}"] = torch.cat((renamed.pop(name), renamed.pop(f"{before}kv.{after}")))
+    return renamed
+
+
+class _Module:
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return agent_first(params)
+
+    @staticmethod
+    def load(
+        arguments: Mapping[str, Any], params: Mapping[str, Tensor], grid: tuple[int, int], **rest: Any
+    ) -> tuple[AgentAttention, tuple[int, int]]:
+        module = AgentAttention(
+            arguments["dim"],
+            heads=arguments.get("num_heads", 8),
+            agents=int(arguments.get("agent_num", 49)),
+            grid=grid,
+            dropout=arguments.get("attn_drop", 0.0),
+            **rest,
+        )
+        module.load_state_dict(agent_first(params))
+        return module.eval(), grid
+
+    @staticmethod
+    def run(module: tuple[AgentAttention, tuple[int, int]], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        mechanism, grid = module
+        return {"y": mechanism(inputs["x"], grid=grid)}
+
+
+@official(_REPOSITORY, "agent_deit.py AgentAttention")
+class DeiTAttention(_Module):
+    """Tokens (B, 1 + N, C), the class token first."""
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> tuple[AgentAttention, tuple[int, int]]:
+        window = arguments.get("window", 14)
+        bias = arguments.get("qkv_bias", False)
+        return _Module.load(arguments, params, (window, window), class_token=True, bias=bias)
+
+
+@official(_REPOSITORY, "agent_swin.py AgentAttention")
+class SwinAttention(_Module):
+    """Windows (B·windows, N, C)."""
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> tuple[AgentAttention, tuple[int, int]]:
+        height, width = arguments["window_size"]
+        return _Module.load(arguments, params, (height, width), bias=arguments.get("qkv_bias", True))
+
+
+@official(_REPOSITORY, "agent_pvt.py AgentAttention")
+class PVTAttention(_Module):
+    """Tokens (B, N, C) of a square map, keys and values from a coarser one."""
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> tuple[AgentAttention, tuple[int, int]]:
+        side = int(arguments["num_patches"] ** 0.5)
+        reduction, bias = arguments.get("sr_ratio", 1), arguments.get("qkv_bias", False)
+        return _Module.load(arguments, params, (side, side), reduction=reduction, bias=bias)
+
+
+def _in_their_order(merging: Merging) -> Merging:
+    """Targets as the authors' argsort of equal keys happens to leave them; attention is blind to it, a comparison not."""
+    marks = torch.zeros(merging.order.shape[1] + len(merging.targets), dtype=torch.long)
+    marks[merging.targets] = -1
+    targets = marks.argsort()[: len(merging.targets)]
+    rank = torch.empty_like(targets)
+    rank[torch.searchsorted(merging.targets, targets)] = torch.arange(len(targets))
+    return replace(merging, targets=targets, target=rank[merging.target])
+
+
+@official(_REPOSITORY, "bipartite_soft_matching_random2d")
+class TokenMerging:
+    """Tokens to merged tokens, agents, and the merged ones put back."""
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> partial[Merging]:
+        generator = None if arguments.get("no_rand", False) else torch.Generator().manual_seed(0)
+        return partial(
+            match,
+            grid=(arguments["h"], arguments["w"]),
+            cell=(arguments["sy"], arguments["sx"]),
+            removed=arguments["r"],
+            agents_removed=arguments["agent_r"],
+            generator=generator,
+        )
+
+    @staticmethod
+    def run(module: partial[Merging], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        merging = _in_their_order(module(inputs["x"]))
+        merged, agents = merging.merge(inputs["x"])
+        return {"merged": merged, "unmerged": merging.unmerge(merged)} | ({} if agents is None else {"agent": agents})
+
+
+class Host(nn.Module):
+    """The attention layer of a Stable Diffusion block, as `through_agents` wants it."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(dim, dim)
+
+
+@official(_REPOSITORY, "make_agent_attn")
+class AgentLayer:
+    """A host's attention on x (B, N, C) through agents (B, n, C); without few enough agents, plain attention."""
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> partial[Tensor]:
+        host = Host(params["to_q.weight"].shape[1], arguments.get("heads", 8))
+        host.load_state_dict(params)
+        rest = {"power": arguments.get("k_scale2", 0.3), "shortcut": arguments.get("k_shortcut", 0.075)}
+        return partial(through_agents, host, **rest)
+
+    @staticmethod
+    def run(module: partial[Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": module(inputs["x"], inputs["agent"])}
