@@ -30,6 +30,28 @@ class Pattern:
     def check(self, nq: int, nk: int) -> None:
         """Raise ValueError if `nq` queries and `nk` keys do not fit this pattern (a grid of another size, say)."""
 
+    def query_tiles(self, nq: int) -> Tensor | None:
+        """Which queries share keys: every query once in a `(T, b)` tensor of tiles padded with −1.
+
+        None is tiles of adjacent queries. Only speed depends on it.
+        """
+        return None
+
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor | None:
+        """For each tile of queries `(T, b)`, ascending keys `(T, n)`, padded with −1, among which are all it may see.
+
+        None if the pattern cannot tell: then `allows` is asked about every key. Only speed depends on it.
+        """
+        return None
+
+    def at(self, b: int, h: int) -> Pattern:
+        """What one batch entry and head sees of a pattern that depends on them."""
+        if not (self.per_batch or self.per_head):
+            return self
+        from attnlab.patterns.combine import At
+
+        return At(self, b, h)
+
     def shift(self, offset: int) -> Pattern:
         """The same pattern seen by queries that begin at position `offset`: what decoding with a cache needs."""
         from attnlab.patterns.combine import Shifted
@@ -101,3 +123,20 @@ class Pattern:
         from attnlab.patterns.draw import draw
 
         return draw(self, nq, nk, width=width)
+
+
+def key_range(first: Tensor, last: Tensor, nk: int) -> Tensor:
+    """Keys first … last of each tile, cut to 0 … nk − 1: `(T, n)`, padded with −1."""
+    first, last = first.clamp_min(0), last.clamp_max(nk - 1)
+    keys = first[:, None] + torch.arange(max(0, int((last - first).max()) + 1), device=first.device)
+    return keys.masked_fill(keys > last[:, None], -1)
+
+
+def sorted_unique(keys: Tensor) -> Tensor:
+    """Each row of `keys (T, n)` ascending and without repeats, the places left over filled with −1 at the end."""
+    keys = keys.masked_fill(keys < 0, torch.iinfo(keys.dtype).max).sort(1).values
+    repeat = torch.zeros_like(keys, dtype=torch.bool)
+    repeat[:, 1:] = keys[:, 1:] == keys[:, :-1]
+    keys = keys.masked_fill(repeat, torch.iinfo(keys.dtype).max).sort(1).values
+    keys = keys.masked_fill(keys == torch.iinfo(keys.dtype).max, -1)
+    return keys[:, : int((keys >= 0).sum(1).max())] if keys.numel() else keys

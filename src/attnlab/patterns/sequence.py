@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnlab.patterns.base import Pattern
+from attnlab.patterns.base import Pattern, key_range, sorted_unique
 
 
 def require_positive(owner: Pattern, *names: str) -> None:
@@ -51,6 +51,10 @@ class Window(Pattern):
         distance = q - k
         return (distance >= 0) & (distance < self.size) if self.causal else distance.abs() < self.size
 
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor:
+        ahead = 0 if self.causal else self.size - 1
+        return key_range(tiles.amin(1) - self.size + 1, tiles.amax(1) + ahead, nk)
+
 
 @dataclass(frozen=True)
 class Dilated(Pattern):
@@ -74,6 +78,23 @@ class Dilated(Pattern):
         if self.size is not None:
             near = near & (back < self.step * self.size)
         return on_comb & near
+
+    def query_tiles(self, nq: int) -> Tensor:
+        # The queries of one residue see the same comb.
+        comb = -(-nq // self.step)
+        tile = min(comb, 64)
+        positions = torch.arange(-(-comb // tile) * tile) * self.step + torch.arange(self.step)[:, None]
+        return positions.masked_fill(positions >= nq, -1).view(-1, tile)
+
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor | None:
+        if (tiles % self.step != tiles[:, :1] % self.step).any():
+            return None
+        residue, comb = tiles[:, 0] % self.step, tiles // self.step
+        back = comb.amax(1) + 1 if self.size is None else torch.full_like(residue, self.size)
+        ahead = 0 if self.causal else self.size or nk
+        keys = key_range(comb.amin(1) - back + 1, comb.amax(1) + ahead, -(-nk // self.step))
+        keys = torch.where(keys >= 0, keys * self.step + residue[:, None], -1)
+        return keys.masked_fill(keys >= nk, -1)
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,20 @@ class PowersOfTwo(Pattern):
         power = (delta & (delta - 1)) == 0
         return (k <= q) & (power | (delta < self.window) | (key_block < self.sinks))
 
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor:
+        newest = tiles.amax(1) // self.block
+        oldest = tiles.amin(1) // self.block
+        powers = [2**i for i in range(max(1, int(newest.max())).bit_length())]
+        deltas = torch.tensor(sorted({*range(self.window), *powers}), device=tiles.device)
+        # A tile may straddle blocks; the distances count from each of its blocks.
+        spread = torch.arange(int((newest - oldest).max()) + 1, device=tiles.device)
+        blocks = (oldest[:, None, None] + spread[:, None] - deltas).flatten(1)
+        sinks = torch.arange(self.sinks, device=tiles.device).expand(len(tiles), -1)
+        blocks = torch.cat([blocks, sinks], 1)
+        blocks = sorted_unique(blocks.masked_fill(blocks > newest[:, None], -1))
+        keys = (blocks[..., None] * self.block + torch.arange(self.block, device=tiles.device)).flatten(1)
+        return keys.masked_fill((keys < 0) | (keys >= nk), -1)
+
 
 @dataclass(frozen=True)
 class Sinks(Pattern):
@@ -112,6 +147,9 @@ class Sinks(Pattern):
 
     def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k < self.count) & (q == q)
+
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor:
+        return torch.arange(min(self.count, nk), device=tiles.device).expand(len(tiles), -1)
 
 
 @dataclass(frozen=True)
@@ -146,3 +184,9 @@ class Documents(Pattern):
     def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         ends = torch.tensor(self.lengths, device=q.device).cumsum(0)
         return torch.bucketize(q, ends, right=True) == torch.bucketize(k, ends, right=True)
+
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor:
+        ends = torch.tensor(self.lengths, device=tiles.device).cumsum(0)
+        starts = ends - torch.tensor(self.lengths, device=tiles.device)
+        first, last = (torch.bucketize(x, ends, right=True) for x in (tiles.amin(1), tiles.amax(1)))
+        return key_range(starts[first], ends[last] - 1, nk)
