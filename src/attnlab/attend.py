@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnlab.patterns import Full, Pattern
-from attnlab.problem import Bias, Problem
+from attnlab.problem import Bias, Lookup, Problem
 from attnlab.weightings import Weighting
 from attnlab.weightings import weighting as as_weighting
 
@@ -134,9 +134,9 @@ def pose(
     how = as_weighting(weighting)
     if return_lse and not how.normalised:
         raise ValueError(f"return_lse needs a normalised weighting such as softmax, got {how}")
-    grad = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad)
-    )
+    values = bias.table if isinstance(bias, Lookup) else bias
+    trained = isinstance(values, Tensor) and values.requires_grad
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or trained)
     return Problem(
         batch=batch, heads=heads, kv_heads=kv_heads, nq=nq, nk=nk, dim=dim, value_dim=value_dim,
         dtype=q.dtype, device=q.device, pattern=pattern, weighting=how, bias=bias,

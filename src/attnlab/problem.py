@@ -11,7 +11,25 @@ from torch import Tensor
 from attnlab.patterns import Causal, Full, Pattern
 from attnlab.weightings import Softmax, Weighting
 
-Bias = Tensor | Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """A bias that is looked up: `bias[h, q, k] = table[row(q, k), h]`, trained where the table is.
+
+    A backend that never holds all scores can still give the table its gradient, since `row` is all that it needs to
+    know. `row` takes broadcastable integer tensors; make it comparable (a frozen dataclass), and plans are reused.
+    For pairs outside the pattern it may return any row.
+    """
+
+    table: Tensor  # (rows, H)
+    row: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.table[self.row(q, k), h]
+
+
+Bias = Tensor | Lookup | Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +96,22 @@ class Problem:
         )
 
     @property
+    def bias_kind(self) -> str:
+        """ "", "tensor", "lookup" or "function", with a "+" where it is to be trained."""
+        if self.bias is None:
+            return ""
+        values = self.bias.table if isinstance(self.bias, Lookup) else self.bias
+        kind = "tensor" if values is self.bias else "lookup"
+        if not isinstance(values, Tensor):
+            return "function"
+        return kind + "+" * (self.needs_grad and values.requires_grad)
+
+    @property
     def key(self) -> tuple[object, ...]:
-        bias = None if self.bias is None else (self.bias_tensor is not None, getattr(self.bias, "requires_grad", False))
+        # A bias with a query axis of its own costs other than one that is broadcast over queries.
+        shape = self.bias.shape if isinstance(self.bias, Tensor) else None
         return (
             *(self.batch, self.heads, self.kv_heads, self.nq, self.nk, self.dim, self.value_dim, self.dtype),
-            *(self.device.type, self.pattern, self.weighting, bias, self.dropout > 0, self.return_lse),
-            *(self.needs_grad, self.compiling),
+            *(self.device.type, self.pattern, self.weighting, self.bias_kind, shape, self.dropout > 0),
+            *(self.return_lse, self.needs_grad, self.compiling),
         )
