@@ -59,7 +59,7 @@ class _Maps:
         return {"y": module(inputs["x"])}
 
 
-@official(_REPOSITORY, "eca_module.py::eca_layer", "eca_ns.py::eca_layer", "eca_layer")
+@official(_REPOSITORY, "eca_layer", ours=EfficientChannelAttention)
 class Layer(_Maps):
     """Both layers; the ablation's kernel has one row per channel."""
 
@@ -76,7 +76,7 @@ class Layer(_Maps):
         return module
 
 
-@official(_REPOSITORY, "ECABasicBlock", "ECABottleneck")
+@official(_REPOSITORY, "ECABasicBlock", "ECABottleneck", ours=ResidualBlock)
 class Residual(_Maps):
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +97,16 @@ class Residual(_Maps):
         return block
 
 
-@official(_REPOSITORY, "ResNet", "eca_resnet18", "eca_resnet34", "eca_resnet50", "eca_resnet101", "eca_resnet152")
+@official(
+    _REPOSITORY,
+    "ResNet",
+    "eca_resnet18",
+    "eca_resnet34",
+    "eca_resnet50",
+    "eca_resnet101",
+    "eca_resnet152",
+    ours=ECAResNet,
+)
 class ResNet(_Maps):
     """Depths, kernels, width and classes are read off the parameters."""
 
@@ -120,7 +129,7 @@ class ResNet(_Maps):
         return net
 
 
-@official(_REPOSITORY, "InvertedResidual")
+@official(_REPOSITORY, "InvertedResidual", ours=InvertedResidual)
 class Inverted(_Maps):
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +149,7 @@ class Inverted(_Maps):
         return block
 
 
-@official(_REPOSITORY, "ECA_MobileNetV2", "eca_mobilenet_v2")
+@official(_REPOSITORY, "ECA_MobileNetV2", "eca_mobilenet_v2", ours=ECAMobileNetV2)
 class MobileNetV2(_Maps):
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
