@@ -85,12 +85,14 @@ class FocalModulation(nn.Module):
         query, context, gates = self.wqcg(x.movedim(1, -1)).split((self.dim, self.dim, self.levels + 1), -1)
         if self.normalize:
             gates = gates / (self.levels + 1)
-        total = torch.zeros_like(query)
-        for level, conv in enumerate(self.convs):
+        contexts = []
+        for conv in self.convs:
             context = F.gelu(conv(context.movedim(-1, 1))).movedim(1, -1)
-            total = torch.addcmul(total, context, gates[..., level, None])
-        everywhere = F.gelu(context.mean(tuple(range(1, x.ndim - 1)), keepdim=True))
-        total = torch.addcmul(total, everywhere, gates[..., -1:])
+            contexts.append(context)
+        contexts.append(F.gelu(context.mean(tuple(range(1, x.ndim - 1)), keepdim=True)))
+        total = contexts[0] * gates[..., :1]
+        for level in range(1, self.levels + 1):
+            total = torch.addcmul(total, contexts[level], gates[..., level, None])
         y = query * self.wm(total)
         y = y if self.norm is None else self.norm(y)
         return self.dropout(self.wo(y)).movedim(-1, 1)
