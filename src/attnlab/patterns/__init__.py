@@ -2,19 +2,27 @@
 
 from attnlab.patterns.base import Pattern
 from attnlab.patterns.combine import And, Not, Or, Shifted
+from attnlab.patterns.given import Explicit, Regions
+from attnlab.patterns.grid import Axial, Blocks, Halo, Neighborhood
 from attnlab.patterns.sequence import Causal, Dilated, Documents, Full, PowersOfTwo, Prefix, Sinks, Window
 
 __all__ = [
     "And",
+    "Axial",
+    "Blocks",
     "Causal",
     "Dilated",
     "Documents",
+    "Explicit",
     "Full",
+    "Halo",
+    "Neighborhood",
     "Not",
     "Or",
     "Pattern",
     "PowersOfTwo",
     "Prefix",
+    "Regions",
     "Shifted",
     "Sinks",
     "Window",

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from attnlab.backends.tiles.tiling import Group, Tiling
 from attnlab.backends.tiles.tokens import Sums, Tokens
+from attnlab.problem import Bias
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, *, scale: float | None = None, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, *, scale: float | None = None, bias: Bias | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query over the keys that its tile lists; on the CPU, differentiable in q, k and v.
 
@@ -34,7 +35,8 @@ def tile_attention(
             units of adjacent tokens: `Lists(index (B, Hkv, T, n), unit)`), so a route chosen from content is a
             tiling too: `Group(queries, keys, seen)` with `seen` broadcastable to `(B, Hkv, T, bq, n·unit)`.
         scale: D^-½ if None.
-        bias: added to the scores, broadcastable to `(B, H, Nq, Nk)`; gets no gradient here.
+        bias: added to the scores: a tensor broadcastable to `(B, H, Nq, Nk)` or a function `f(b, h, q, k)` of index
+            tensors; gets no gradient here.
 
     Returns:
         out `(B, H, Nq, Dv)` and lse `(B, H, Nq)`, both differentiable; zeros and −inf for a query without keys.
@@ -48,25 +50,25 @@ def tile_attention(
 
 class _TileAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Tensor | None) -> Any:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Bias | None) -> Any:
         out, lse = _run(q, k, v, tiling, scale, bias)
-        ctx.save_for_backward(q, k, v, out, lse, bias)
-        ctx.tiling, ctx.scale = tiling, scale
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tiling, ctx.scale, ctx.bias = tiling, scale, bias
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, out, lse, bias = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * 6
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = _run_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.tiling, ctx.scale, bias)
+        grads = _run_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.tiling, ctx.scale, ctx.bias)
         return (*grads, None, None, None)
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Bias | None
 ) -> tuple[Tensor, Tensor]:
     value_dim = v.shape[-1]
     q, k, v = _same_width(q, k, v)
@@ -94,7 +96,7 @@ def _run(
 
 def _run_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    tiling: Tiling, scale: float, bias: Tensor | None,
+    tiling: Tiling, scale: float, bias: Bias | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dim, value_dim = q.shape[-1], v.shape[-1]
     # A query without keys has weight zero everywhere: any finite number does for its log-sum-exp.
@@ -157,7 +159,7 @@ def _tile_bytes(group: Group, keys: Tokens, repeat: int) -> int:
 
 
 def _mask(
-    group: Group, batch: slice, tiles: slice, repeat: int, heads: int, dtype: torch.dtype, bias: Tensor | None
+    group: Group, batch: slice, tiles: slice, repeat: int, heads: int, dtype: torch.dtype, bias: Bias | None
 ) -> Tensor | None:
     """What is added to the scores, `(B'·T' or 1, Hkv or 1, bq·r, bk)`: −inf where a key is not seen, and the bias."""
     seen = group.seen
@@ -185,23 +187,24 @@ def _mask(
     return mask.expand(b, t, *mask.shape[2:]).flatten(0, 1)
 
 
-def _take_bias(group: Group, batch: slice, tiles: slice, repeat: int, heads: int, bias: Tensor) -> Tensor:
+def _take_bias(group: Group, batch: slice, tiles: slice, repeat: int, heads: int, bias: Bias) -> Tensor:
     """The bias of the tiles' pairs, `(B', T', Hkv, bq, r, bk)`."""
-    at = bias.device
+    at = group.keys.index.device
     q = group.queries.tokens(batch, tiles).transpose(1, 2)[..., :, None, None]
     k = group.keys.tokens(batch, tiles).transpose(1, 2)[..., None, None, :]
     b = torch.arange(batch.start, batch.stop, device=at).view(-1, 1, 1, 1, 1, 1)
     h = torch.arange(heads * repeat, device=at).view(heads, 1, repeat, 1)
-    if not isinstance(bias, Tensor):
+    if isinstance(bias, Tensor):
+        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+        zero = torch.zeros((), dtype=torch.long, device=at)
+        added = bias[tuple(i if n > 1 else zero for n, i in zip(bias.shape, (b, h, q, k), strict=True))]
+    else:
         added = bias(b, h, q, k)
-        return added.expand(*_six(added), group.queries.length, repeat, group.keys.length)
-    bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-    zero = torch.zeros((), dtype=torch.long, device=at)
-    added = bias[tuple(i if n > 1 else zero for n, i in zip(bias.shape, (b, h, q, k), strict=True))]
+    added = added.reshape((1,) * (6 - added.dim()) + added.shape)
     return added.expand(*added.shape[-6:-3], group.queries.length, repeat, group.keys.length)
 
 
-def _mark_dead(lse: Tensor, group: Group, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+def _mark_dead(lse: Tensor, group: Group, mask: Tensor | None, bias: Bias | None) -> Tensor:
     """−inf in place of the number that the fused kernel gives a query without keys."""
     if mask is None or (group.dead is None and bias is None):
         return lse
