@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,8 +110,8 @@ def _recurrent(
         return recurrent(q, k, v, decay, beta, state)
     outs, states = [], []
     for number, (start, stop) in enumerate(pairwise(bounds)):
-        piece = [None if x is None else x[:, :, start:stop] for x in (q, k, v, decay, beta)]
-        out, last = recurrent(*piece, state[number : number + 1])  # type: ignore[arg-type]
+        piece: list[Any] = [None if x is None else x[:, :, start:stop] for x in (q, k, v, decay, beta)]
+        out, last = recurrent(*piece, state[number : number + 1])
         outs.append(out)
         states.append(last)
     return torch.cat(outs, dim=2), torch.cat(states)
@@ -136,8 +137,8 @@ def _chunked(
         missing = -length % size
         if missing:
             inputs = [None if x is None else pad(x, (0, 0, 0, missing)) for x in inputs]
-        cut = [None if x is None else x.reshape(batch * heads, -1, size, x.shape[-1]) for x in inputs]
-        out, last = chunked(*cut, state.flatten(0, 1).unsqueeze(0), (0,))  # type: ignore[arg-type]
+        cut: list[Any] = [None if x is None else x.reshape(batch * heads, -1, size, x.shape[-1]) for x in inputs]
+        out, last = chunked(*cut, state.flatten(0, 1).unsqueeze(0), (0,))
         out = out.reshape(batch, heads, -1, v.shape[-1])
         return (out[:, :, :length] if missing else out), last.view(state.shape)
 
@@ -156,7 +157,7 @@ def _chunked(
         for x, s in zip(inputs, spread, strict=True)
     ]
     picked = torch.tensor(filled, device=q.device)
-    out, last = chunked(*cut, state[picked], tuple(first))  # type: ignore[arg-type]
+    out, last = chunked(*cut, state[picked], tuple(first))
     out = out.reshape(heads, at * size, -1).index_select(1, where).unsqueeze(0)
     return out, last if len(filled) == len(state) else state.index_copy(0, picked, last)
 
@@ -199,7 +200,8 @@ def _check(
     if beta is not None and beta.shape != v.shape[:3]:
         raise ValueError(f"beta must have shape {tuple(v.shape[:3])}, got {tuple(beta.shape)}")
     # Reading the values waits for a GPU and cannot be traced, so they are looked at only where that is cheap.
-    if decay is not None and decay.device.type == "cpu" and not torch.compiler.is_compiling() and bool((decay > 0).any()):
+    looked_at = decay is not None and decay.device.type == "cpu" and not torch.compiler.is_compiling()
+    if decay is not None and looked_at and bool((decay > 0).any()):
         raise ValueError(f"decay is the logarithm of the decay and must be ≤ 0, got {float(decay.max()):.3g}")
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk must be a positive integer, got {chunk!r}")

@@ -170,7 +170,11 @@ def _backward(
     d_write = fresh @ d_next.mT
     d_diagonal = d_scores.diagonal(0, 1, 2).unsqueeze(-1)
     rows, d_squares, squares = [part.q], [d_scores], [part.scores]
-    dv, d_beta, d_reread = d_new, None, None
+    dv, d_reread = d_new, None
+    d_beta: Any = None
+    d_decay: Any = None
+    dk: Any  # `sum` starts from the integer 0
+    d_log: Any
     if beta is not None:
         d_solved = part.solve.mT @ d_new
         d_reread = d_solved @ state.mT
@@ -178,7 +182,6 @@ def _backward(
         d_squares = [d_scores, (d_solved @ fresh.mT).neg_()]
         dv = beta * d_solved
         d_beta = (d_solved * part.v).sum(-1, keepdim=True)
-    d_decay = None
     if decays is None:
         d_squares = [d.tril(-1) for d in d_squares]
         d_rows = [d @ k for d in d_squares]
@@ -223,7 +226,5 @@ def chunked(
     if q.shape[0] <= rows:
         return _Chunked.apply(*inputs, state, first, keep)
     split = [[None] * -(-q.shape[0] // rows) if x is None else x.split(rows) for x in inputs]
-    parts = [
-        _Chunked.apply(*piece, s, first, keep) for *piece, s in zip(*split, state.split(rows, dim=1), strict=True)
-    ]
+    parts = [_Chunked.apply(*piece, s, first, keep) for *piece, s in zip(*split, state.split(rows, dim=1), strict=True)]
     return torch.cat([out for out, _ in parts]), torch.cat([final for _, final in parts], dim=1)

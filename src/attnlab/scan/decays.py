@@ -1,31 +1,37 @@
 """Scores that decay with distance, as products of numbers between 0 and 1.
 
-A chunk of C tokens needs, for every pair i ≥ j, Σ_d rows_id · k_jd · Π_{j < l ≤ i} a_ld with a = e^decay. Splitting each
-block of the chunk in halves gives one small product per level: for i in the later half and j in the earlier one the factor
-is (product from the start of the later half up to i) · (product from after j to the end of the earlier half). Both are
-products of decays, so nothing overflows, no difference of large sums is rounded, and a decay of exactly 0 is allowed.
+A chunk of C tokens needs, for every pair i ≥ j, Σ_d rows_id · k_jd · Π_{j < l ≤ i} a_ld with a = e^decay. Splitting
+each block of the chunk in halves gives one small product per level: for i in the later half and j in the earlier one
+the factor is (product from the start of the later half up to i) · (product from after j to the end of the earlier
+half). Both are products of decays, so nothing overflows, no difference of large sums is rounded, and a decay of exactly
+0 is allowed.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold
+from torch.nn.functional import hardshrink, threshold
+
+
+def negligible(dtype: torch.dtype) -> float:
+    """What is nothing even beside the rounding error of 1."""
+    return torch.finfo(dtype).eps ** 2
 
 
 class Decays:
     """The running products of `a` (R, C, D) within blocks of 1, 2, 4, … C tokens (C a power of two).
 
-    `levels[n]` holds, for blocks of h = 2ⁿ tokens taken in pairs, `late` (R·C/2h, h, D): the product from the start of the
-    later block up to each of its tokens, inclusive; and `early`, of the same shape: the product from after each token of
-    the earlier block to that block's end. `prefix` and `suffix` (R, C, D) are the same for the whole chunk.
+    `levels[n]` holds, for blocks of h = 2ⁿ tokens taken in pairs, `late` (R·C/2h, h, D): the product from the start of
+    the later block up to each of its tokens, inclusive; and `early`, of the same shape: the product from after each
+    token of the earlier block to that block's end. `prefix` and `suffix` (R, C, D) are the same for the whole chunk.
     """
 
     def __init__(self, a: Tensor) -> None:
         rows, size, width = a.shape
-        # Anything smaller is nothing beside a token's own contribution, and the product of two such factors would be a
-        # denormal number, with which matrix products are a hundred times slower.
-        floor = torch.finfo(a.dtype).tiny ** 0.5
+        # Anything smaller is nothing beside a token's own contribution, and products of such factors would soon be
+        # denormal numbers, with which matrix products are a hundred times slower.
+        floor = negligible(a.dtype)
         prefix = threshold(a, floor, 0.0)
         suffix = torch.ones_like(a)
         self.levels: list[tuple[Tensor, Tensor]] = []
@@ -111,11 +117,14 @@ def scalar_scores_backward(d_log: Tensor, d_prefix: Tensor, d_suffix: Tensor) ->
 def unit_inverse(lower: Tensor) -> Tensor:
     """(I + lower)⁻¹ of strictly lower triangular matrices (R, C, C), from blocks of one row by doubling."""
     rows, size, _ = lower.shape
+    # Entries that are nothing beside the diagonal's 1 go, or their products would be denormal numbers (see Decays).
+    floor = negligible(lower.dtype)
+    lower = hardshrink(lower, floor)
     inverse = lower.new_ones(rows * size, 1, 1)
     half = 1
     while half < size:
         top, bottom = inverse.view(-1, 2, half, half).unbind(1)
-        corner = -(bottom @ stacked_corners(lower, half) @ top)
+        corner = hardshrink(-(bottom @ stacked_corners(lower, half) @ top), floor)
         inverse = torch.cat([torch.cat([top, torch.zeros_like(top)], -1), torch.cat([corner, bottom], -1)], -2)
         half *= 2
     return inverse
