@@ -1,1 +1,1 @@
-"""Tasks, training, measures, results and reports: mechanisms compared on equal terms. May import models and what lies below."""
+"""Every mechanism on the same tasks, skeleton, budget and seeds, measured. May import models, nn and what is below."""

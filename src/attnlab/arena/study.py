@@ -1,0 +1,193 @@
+"""A study: every chosen mechanism on every chosen task with every seed, planned, run, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sqlite3
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from attnlab import __version__, cards
+from attnlab.arena import jobs
+from attnlab.arena.jobs import Job
+from attnlab.arena.network import NONE, takes_part
+from attnlab.arena.pool import Event, perform
+from attnlab.arena.store import Store, Study
+from attnlab.arena.task import Task, find_task, tasks
+
+MECHANISMS = ("multihead", "gated", "window", "linear", "kda", "neighborhood", "agent", "focal")
+_PACKAGES = ("torch", "numpy", "scikit-image", "statsmodels")
+_FINAL = ("done", "diverged")  # a failed or refused job is tried again by the same command
+
+
+@dataclass
+class Plan:
+    """What will be done, what takes no part and why, and the metric that needs no learning."""
+
+    trials: list[Job]
+    sweeps: list[Job]
+    left_out: list[list[str]]  # task, mechanism, reason
+    trivial: dict[str, list]
+    settings: dict
+    load: list[str] = field(default_factory=list)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.trials + self.sweeps
+
+
+def plan(
+    names_of_tasks: Sequence[str] = (),
+    mechanisms: Sequence[str] = (),
+    *,
+    seeds: int = 3,
+    budget: str = "small",
+    data: Path | str | None = None,
+    device: str = "",
+    load: Sequence[Path | str] = (),
+) -> Plan:
+    """Reads the data and lists the jobs. Unknown names and missing packages of what was asked for are errors."""
+    if seeds < 1:
+        raise ValueError(f"seeds: {seeds} is not a number of seeds; at least 1 is wanted")
+    jobs.load_files(load)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    left_out: list[list[str]] = []
+    chosen = _tasks(names_of_tasks, budget, data, left_out)
+    contestants = _contestants(mechanisms)
+    trials, layouts = [], set()
+    for seed in range(seeds):  # seed by seed, so that an interrupted study has something to say about all
+        for task in chosen:
+            for name in contestants:
+                if reason := takes_part(name, type(task)):
+                    if seed == 0:
+                        left_out.append([task.name, name, reason])
+                    continue
+                trials.append(jobs.trial(task, name, seed, budget, device))
+                layouts.add((name, task.layout))
+    if not any(job.mechanism != NONE for job in trials):
+        reasons = "; ".join(f"{name} on {task}: {reason}" for task, name, reason in left_out)
+        raise ValueError(f"mechanisms: none of them can do any of the tasks. {reasons}")
+    threads = torch.get_num_threads()
+    sweeps = [jobs.sweep(name, layout, budget, device, threads) for name, layout in sorted(layouts) if name != NONE]
+    settings = {
+        "tasks": [task.name for task in chosen],
+        "mechanisms": contestants,
+        "seeds": seeds,
+        "budget": budget,
+        "data": None if data is None else str(data),
+        "device": device,
+    }
+    return Plan(
+        trials, sweeps, left_out, {t.name: list(t.trivial()) for t in chosen}, settings, [str(Path(p)) for p in load]
+    )
+
+
+def _tasks(names: Sequence[str], budget: str, data: Path | str | None, left_out: list[list[str]]) -> list[Task]:
+    known = tasks()
+    reads = "" if data is None else _what(Path(data))
+    if not names:
+        wanted = [cls for cls in known.values() if budget in cls.budgets and (not reads or cls.reads == reads)]
+    else:
+        wanted = [find_task(name) for name in dict.fromkeys(names)]
+        if reads and not any(cls.reads == reads for cls in wanted):
+            able = [cls.name for cls in known.values() if cls.reads == reads]
+            raise ValueError(f"data: none of the tasks {', '.join(names)} reads {reads}; {' and '.join(able)} would")
+    loaded = []
+    for cls in wanted:
+        try:
+            loaded.append(cls(budget, data if cls.reads == reads else None) if reads else cls(budget))
+        except ImportError as error:
+            if names:
+                raise
+            left_out.append([cls.name, "all", str(error)])
+    return loaded
+
+
+def _what(path: Path) -> str:
+    if not path.exists():
+        raise FileNotFoundError(f"data: {path} does not exist; a folder of images or a text file is wanted")
+    return "images" if path.is_dir() else "text"
+
+
+def _contestants(mechanisms: Sequence[str]) -> list[str]:
+    """The control first, then the mechanisms asked for, or the default ones."""
+    if not mechanisms:
+        known = cards.names()
+        return [NONE, *(name for name in MECHANISMS if name in known)]
+    names = list(dict.fromkeys(mechanisms))
+    for name in names:
+        if name != NONE:
+            cards.describe(name)  # unknown names are errors that know better ones
+    return [NONE, *(name for name in names if name != NONE)]
+
+
+def run(
+    plan: Plan,
+    store: Store,
+    *,
+    command: str = "",
+    workers: int | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> Study:
+    """Does what the store does not hold yet: trials side by side, then sweeps with the machine to themselves."""
+    study = Study(
+        0,
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command,
+        plan.settings,
+        versions(plan.settings["device"]),
+        [job.key for job in plan.jobs],
+        plan.left_out,
+        plan.trivial,
+    )
+    number = store.begin(study)
+    on_gpu = torch.device(plan.settings["device"]).type == "cuda"
+    if workers is None:
+        workers = 1 if on_gpu else cores()
+    for todo, count, threads in (
+        (missing(plan.trials, store), workers, 1 if workers > 1 else cores()),
+        (missing(plan.sweeps, store), min(workers, 1), cores()),
+    ):
+        for event in perform(todo, workers=count, threads=threads, load=plan.load):
+            if event.record is not None:
+                store.save(event.job.key, event.job.kind, event.record)
+            watch(event)
+    return store.study(number)
+
+
+def missing(wanted: Sequence[Job], store: Store) -> list[Job]:
+    """The jobs without a result that lasts."""
+    have = store.results()
+    return [job for job in wanted if have.get(job.key, {}).get("status") not in _FINAL]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions(device: str) -> dict[str, str]:
+    """What a reader needs to do it again."""
+    found = {"attnlab": __version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["machine"] = f"{platform.system()} {platform.machine()}, {cores()} cores"
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def command_line() -> str:
+    """The command as it was given, for the report."""
+    return " ".join([Path(sys.argv[0]).name, *(json.dumps(a) if " " in a else a for a in sys.argv[1:])])
