@@ -116,15 +116,31 @@ class MultiHead(Mechanism):
             raise ValueError("streaming needs causal=True")
         return KVCache()
 
+    def where(self, given: Pattern | None, offset: int, queries: int) -> Pattern | None:
+        """Where the queries of one call look: what the caller gave, and what this mechanism is about."""
+        return pattern_for(self.causal, given, offset, queries)
+
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, *, x: Tensor, pattern: Pattern | None = None, offset: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        x: Tensor,
+        pattern: Pattern | None = None,
+        offset: int = 0,
+        state: KVCache | None = None,
     ) -> Tensor:
         """Heads `(B, H, N, D)` from q, k, v: the line in which relatives differ.
 
-        `x` are the queries' tokens, of which the first stands at position `offset`, and `pattern` already knows it.
+        `x` are the queries' tokens, the first of them at position `offset`, as `pattern` knows; k and v are from 0 on.
         """
         dropout = self.dropout if self.training else 0.0
         return attend(q, k, v, pattern=pattern, bias=self.bias(q, k, offset), dropout=dropout)
+
+    def after(self, heads: Tensor, x: Tensor) -> Tensor:
+        """What becomes of the heads `(B, H, N, D)` before they are merged: nothing."""
+        return heads
 
     def forward(
         self,
@@ -144,14 +160,14 @@ class MultiHead(Mechanism):
         q, k, v = self.project(x, context, offset, grid=grid if self.on_grid else None)
         if state is not None:
             k, v = state.append(k, v)
-        pattern = pattern_for(self.causal, pattern, offset, queries=x.shape[1])
-        y = self.merge(self.mix(q, k, v, x=x, pattern=pattern, offset=offset))
+        where = self.where(pattern, offset, x.shape[1])
+        y = self.merge(self.after(self.mix(q, k, v, x=x, pattern=where, offset=offset, state=state), x))
         return y if state is None else (y, state)
 
     def weights(self, x: Tensor, context: Tensor | None = None, **keywords: Any) -> Tensor:
         """The weights `(B, H, N, M)` with which `forward(x, context, **keywords)` mixes values: to look at, small N."""
         q, k, _ = self.project(x, context, grid=keywords.pop("grid", None) if self.on_grid else None)
-        pattern = pattern_for(self.causal, keywords.pop("pattern", None), 0)
+        pattern = self.where(keywords.pop("pattern", None), 0, x.shape[1])
         self.refuse(**keywords)
         # The unit vectors as values: what comes out is what each value would have been weighted by.
         units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)

@@ -1,4 +1,4 @@
-"""What places do: rotations of queries and keys, biases on scores, vectors on tokens. May import torch only."""
+"""What places do: rotations of queries and keys, biases on scores, vectors on tokens. May import attnlab.problem."""
 
 from attnlab.positions.base import Position
 from attnlab.positions.bias import ALiBi, BucketBias, TableBias, alibi_slopes, buckets

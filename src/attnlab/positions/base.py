@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from attnlab.problem import Bias
+
 # Of batch, head, query and key indices, broadcastable to (B, H, Nq, Nk).
 IndexBias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-IndexRow = Callable[[Tensor, Tensor], Tensor]
 
 
 class Position(nn.Module):
@@ -25,6 +26,6 @@ class Position(nn.Module):
         """Queries and keys `(B, H, N, D)`, of which the first stand at position `offset`, turned to their places."""
         return q, k
 
-    def bias(self, nq: int, nk: int, offset: int = 0) -> Tensor | IndexBias | None:
+    def bias(self, nq: int, nk: int, offset: int = 0) -> Bias | None:
         """The bias that `attend` takes, for `nq` queries from position `offset` on and keys from 0 to `nk`."""
         return None

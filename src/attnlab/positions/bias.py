@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from attnlab.positions.base import IndexBias, IndexRow, Position
+from attnlab.positions.base import IndexBias, Position
+from attnlab.problem import Lookup
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -41,12 +43,12 @@ class ALiBi(Position):
         self.register_buffer("slopes", slopes.float(), persistent=False)
         self.slopes: Tensor
 
-    def bias(self, nq: int, nk: int, offset: int = 0) -> IndexBias:
-        def of(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            ahead = k - (q + offset)
-            return self.slopes[h] * (ahead if self.signed else -ahead.abs())
+    def of(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The bias of head `h` between positions `q` and `k`."""
+        return self.slopes[h] * (k - q if self.signed else -(k - q).abs())
 
-        return of
+    def bias(self, nq: int, nk: int, offset: int = 0) -> IndexBias:
+        return self.of if offset == 0 else lambda b, h, q, k: self.of(b, h, q + offset, k)
 
 
 class TableBias(Position):
@@ -66,19 +68,27 @@ class TableBias(Position):
         self.table = nn.Parameter(torch.empty(math.prod(2 * w - 1 for w in window), heads))
         nn.init.trunc_normal_(self.table, std=std)
 
-    def place(self, q: Tensor, k: Tensor) -> Tensor:
-        """The row of the table for tokens `q` and `k` of the window: integer tensors that broadcast."""
+    def bias(self, nq: int, nk: int, offset: int = 0) -> Lookup:
+        room = math.prod(self.window)
+        if max(nq + offset, nk) > room:
+            raise ValueError(f"window {self.window} has {room} places, got {max(nq + offset, nk)} tokens")
+        return Lookup(self.table, Displacement(self.window, offset))
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """The row of a `TableBias` for two tokens of a window, queries counted from `offset` on."""
+
+    window: tuple[int, ...]
+    offset: int = 0
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        q = q + self.offset
         row, stride = torch.zeros_like(q - k), 1
         for size in reversed(self.window):
             row = row + (q % size - k % size + size - 1) * stride
             q, k, stride = q // size, k // size, stride * (2 * size - 1)
         return row
-
-    def bias(self, nq: int, nk: int, offset: int = 0) -> Tensor | IndexBias:
-        room = math.prod(self.window)
-        if max(nq + offset, nk) > room:
-            raise ValueError(f"window {self.window} has {room} places, got {max(nq + offset, nk)} tokens")
-        return _of_table(self.table, self.place, nq, nk, offset)
 
 
 def buckets(distance: Tensor, *, count: int = 32, limit: int = 128, causal: bool = True) -> Tensor:
@@ -113,17 +123,18 @@ class BucketBias(Position):
         self.heads, self.count, self.limit, self.causal = heads, count, limit, causal
         self.table = nn.Parameter(torch.randn(count, heads) * 0.02)
 
-    def bias(self, nq: int, nk: int, offset: int = 0) -> Tensor | IndexBias:
-        def row(q: Tensor, k: Tensor) -> Tensor:
-            return buckets(q - k, count=self.count, limit=self.limit, causal=self.causal)
-
-        return _of_table(self.table, row, nq, nk, offset)
+    def bias(self, nq: int, nk: int, offset: int = 0) -> Lookup:
+        return Lookup(self.table, Bucket(self.count, self.limit, self.causal, offset))
 
 
-def _of_table(table: Tensor, row: IndexRow, nq: int, nk: int, offset: int) -> Tensor | IndexBias:
-    """Entries of a learned `table (rows, H)`: a tensor `(H, nq, nk)` where it is to be trained, else a function."""
-    if table.requires_grad and torch.is_grad_enabled():
-        # A backend that recomputes scores in its backward would not see a parameter inside a function.
-        places = torch.arange(max(nq + offset, nk), device=table.device)
-        return table[row(places[offset : offset + nq, None], places[:nk])].movedim(-1, 0)
-    return lambda b, h, q, k: table[row(q + offset, k), h]
+@dataclass(frozen=True)
+class Bucket:
+    """The row of a `BucketBias` for two tokens, queries counted from `offset` on."""
+
+    count: int
+    limit: int
+    causal: bool
+    offset: int = 0
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return buckets(q + self.offset - k, count=self.count, limit=self.limit, causal=self.causal)

@@ -204,9 +204,10 @@ class Decoder(nn.Module):
         weight = self.embedding.weight
         layers = []
         for i, block in enumerate(self.blocks):
-            if not hasattr(block.mixer, "initial_state"):
-                raise ValueError(f"layer {i}, {type(block.mixer).__name__}, does not stream: it has no state")
-            layers.append(block.mixer.initial_state(batch, device=device or weight.device, dtype=dtype or weight.dtype))
+            mixer: Any = block.mixer
+            if not hasattr(mixer, "initial_state"):
+                raise ValueError(f"layer {i}, {type(mixer).__name__}, does not stream: it has no state")
+            layers.append(mixer.initial_state(batch, device=device or weight.device, dtype=dtype or weight.dtype))
         return DecoderState(self._signature, batch, 0, layers)
 
     @torch.no_grad()
