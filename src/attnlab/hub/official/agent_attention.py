@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.hub.official import official
+from attnlab.hub.official.vit import PLAIN, flat
 from attnlab.hub.renaming import Rule, rename
+from attnlab.models.vision import agent_vit as vision
 from attnlab.nn.tokens.agent import AgentAttention
 from attnlab.recipes.agent_sd import Merging, match, through_agents
 
@@ -106,8 +108,143 @@ class PVTAttention(_Module):
         return _Module.load(arguments, params, (side, side), reduction=reduction, bias=bias)
 
 
+@official(_REPOSITORY, "agent_deit.py VisionTransformer")
+class AgentDeiT:
+    """Images to logits."""
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return flat(agent_first(params, (*PLAIN, *MODULE)))
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> vision.AgentDeiT:
+        depth, deep = arguments.get("depth", 12), arguments.get("agent_layer", -1)
+        stages = arguments.get("agent_num", (49, 49, 49, 49))
+        stage_of_pair = (0, 1, 2, 2, 2, 3)
+        deep = deep if deep > 0 else depth
+        model = vision.AgentDeiT(
+            dim=arguments.get("embed_dim", 768),
+            depth=depth,
+            heads=arguments.get("num_heads", 12),
+            agents=[int(stages[stage_of_pair[layer // 2]]) for layer in range(deep)],
+            agent_depth=deep,
+            qkv_bias=arguments.get("qkv_bias", True),
+            image=arguments.get("img_size", 224),
+            patch=arguments.get("patch_size", 16),
+            mlp_ratio=arguments.get("mlp_ratio", 4.0),
+            in_channels=arguments.get("in_chans", 3),
+            num_classes=arguments.get("num_classes", 1000),
+            drop_path=arguments.get("drop_path_rate", 0.0),
+        )
+        model.load_state_dict(AgentDeiT.rename(params))
+        return model
+
+    @staticmethod
+    def run(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": module(inputs["x"])}
+
+
+@official(_REPOSITORY, "AgentSwinTransformer")
+class AgentSwin:
+    """Images to logits."""
+
+    rules: tuple[Rule, ...] = (
+        (r"^patch_embed\.proj\.", "stem.conv."),
+        (r"^patch_embed\.norm\.", "stem.norm."),
+        (r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
+        (r"^layers\.", "stages."),
+        (r"\.attn\.", ".mixer."),
+        (r"relative_position_bias_table$", "relative.table"),
+        *MODULE,
+    )
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        derived = ("relative_position_index", "attn_mask")
+        return agent_first({n: t for n, t in params.items() if not n.endswith(derived)}, AgentSwin.rules)
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> vision.AgentSwin:
+        depths, image = arguments.get("depths", (2, 2, 6, 2)), arguments.get("img_size", 224)
+        patch = arguments.get("patch_size", 4)
+        window, kinds = arguments.get("window_size", 7), arguments.get("attn_type", "BBBB")
+        leading = kinds[len(depths) :]
+        agent_depths = [
+            {"A": depth, "B": 0, "M": min(int(leading or 0), depth)}[kind]
+            for depth, kind in zip(depths, kinds, strict=False)
+        ]
+        if any(agent_depths) and window < image // (patch * 2 ** min(i for i, d in enumerate(agent_depths) if d)):
+            raise ValueError(f"window_size must cover the map of every stage with agents, got {window}")
+        model = vision.AgentSwin(
+            dim=arguments.get("embed_dim", 96),
+            depths=depths,
+            heads=arguments.get("num_heads", (3, 6, 12, 24)),
+            agents=[int(n) for n in arguments.get("agent_num", (9, 16, 49, 49))],
+            agent_depths=agent_depths,
+            window=max(7, window // 8),
+            patch=patch,
+            image=image,
+            mlp_ratio=arguments.get("mlp_ratio", 4.0),
+            qkv_bias=arguments.get("qkv_bias", True),
+            in_channels=arguments.get("in_chans", 3),
+            num_classes=arguments.get("num_classes", 1000),
+            drop_path=arguments.get("drop_path_rate", 0.1),
+        )
+        model.load_state_dict(AgentSwin.rename(params))
+        return model
+
+    run = AgentDeiT.run
+
+
+@official(_REPOSITORY, "agent_pvt.py PyramidVisionTransformer")
+class AgentPVT:
+    """Images to logits, for stages of type A."""
+
+    rules: tuple[Rule, ...] = (
+        (r"^patch_embed1\.proj\.", "stem.patches.conv."),
+        (r"^patch_embed1\.norm\.", "stem.patches.norm."),
+        (r"^pos_embed1$", "stem.positions.table"),
+        (r"^patch_embed(\d+)\.proj\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.patches.conv."),
+        (r"^patch_embed(\d+)\.norm\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.patches.norm."),
+        (r"^pos_embed(\d+)$", lambda m: f"stages.{int(m[1]) - 1}.downsample.positions.table"),
+        (r"^block(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
+        (r"\.attn\.", ".mixer."),
+        *MODULE,
+    )
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        renamed = agent_first(params, AgentPVT.rules)
+        return {n: t.squeeze(0) if n.endswith("positions.table") else t for n, t in renamed.items()}
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> vision.AgentPVT:
+        depths = arguments.get("depths", (3, 4, 6, 3))
+        kinds = arguments.get("attn_type") or "AAAA"
+        if set(kinds) != {"A"}:
+            raise ValueError(f"attn_type must be agents in every stage (AAAA), got {kinds!r}")
+        model = vision.AgentPVT(
+            dims=arguments.get("embed_dims", (64, 128, 256, 512)),
+            depths=depths,
+            heads=arguments.get("num_heads", (1, 2, 4, 8)),
+            mlp_ratios=arguments.get("mlp_ratios", (4, 4, 4, 4)),
+            agents=[int(n) for n in arguments.get("agent_num", (9, 16, 49, 49))],
+            key_reductions=[int(n) for n in str(arguments.get("agent_sr_ratios", "1" * len(depths)))],
+            patch=arguments.get("patch_size", 16),
+            image=arguments.get("img_size", 224),
+            qkv_bias=arguments.get("qkv_bias", False),
+            in_channels=arguments.get("in_chans", 3),
+            num_classes=arguments.get("num_classes", 1000),
+            drop_path=arguments.get("drop_path_rate", 0.0),
+        )
+        model.load_state_dict(AgentPVT.rename(params))
+        return model
+
+    run = AgentDeiT.run
+
+
 def _in_their_order(merging: Merging) -> Merging:
-    """Targets as the authors' argsort of equal keys happens to leave them; attention is blind to it, a comparison not."""
+    """Targets as the authors' argsort of equal keys leaves them: attention is blind to the order, a comparison not."""
     marks = torch.zeros(merging.order.shape[1] + len(merging.targets), dtype=torch.long)
     marks[merging.targets] = -1
     targets = marks.argsort()[: len(merging.targets)]

@@ -33,7 +33,6 @@ SIZES = {
         name="vit",
         title="An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
         paper="2010.11929",
-        system="vit",
         family="softmax",
         kind=BACKBONE,
         cost="N²",
