@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlab.patterns import Full, Pattern
+from attnlab.patterns import Causal, Full, Pattern
 from attnlab.problem import Bias, Lookup, Problem
 from attnlab.weightings import Weighting
 from attnlab.weightings import weighting as as_weighting
@@ -20,16 +20,21 @@ if TYPE_CHECKING:
     from attnlab.routing import Route
 
 _FULL = Full()
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-@overload
-def attend(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **keywords: Any) -> tuple[Tensor, Tensor]: ...
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | None = None, route: Route | None = None,
     weighting: Weighting | str | None = None, bias: Bias | None = None, scale: float | None = None,
     dropout: float = 0.0, return_lse: Literal[False] = False, backend: str = "auto",
 ) -> Tensor: ...  # fmt: skip
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | None = None, route: Route | None = None,
+    weighting: Weighting | str | None = None, bias: Bias | None = None, scale: float | None = None,
+    dropout: float = 0.0, return_lse: Literal[True], backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attend(
@@ -69,22 +74,26 @@ def attend(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
     """
-    # The plain case goes straight to torch: a planner's microseconds show on small inputs.
+    # The plain and the plainly causal case go straight to torch: a planner's microseconds show on small inputs.
+    # What is not well formed goes on to `pose`, which says why.
     if (
-        pattern is None
+        (pattern is None or type(pattern) is Causal)
+        and backend == "auto"
+        and bias is None
         and route is None
         and weighting is None
-        and bias is None
-        and backend == "auto"
         and not (return_lse or dropout)
+        and isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and isinstance(v, Tensor)
         and q.shape == k.shape == v.shape
         and q.dim() == 4
         and q.dtype is k.dtype is v.dtype
         and q.device == k.device == v.device
+        and q.dtype in _DTYPES
         and q.numel()
-        and q.is_floating_point()
     ):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=pattern is not None, scale=scale)
     from attnlab import planner
 
     problem = pose(
@@ -92,11 +101,7 @@ def attend(
         return_lse=return_lse,
     )  # fmt: skip
     out, lse = planner.choose(problem, backend).run(problem, q, k, v)
-    if not return_lse:
-        return out
-    if lse is None:
-        raise RuntimeError(f"backend {backend!r} returned no lse although it was asked for")
-    return out, lse
+    return (out, lse) if lse is not None and return_lse else out
 
 
 def pose(
@@ -113,6 +118,8 @@ def pose(
     return_lse: bool = False,
 ) -> Problem:
     """Check the arguments of `attend` and put them into a `Problem`."""
+    from attnlab import planner
+
     _check_tensors(q, k, v)
     batch, heads, nq, dim = q.shape
     kv_heads, nk, value_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -125,23 +132,22 @@ def pose(
             raise TypeError(f"route must be a Route, got {type(route).__name__}")
         routed = route.select(q, k)
         pattern = routed if isinstance(pattern, Full) else routed & pattern
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    if isinstance(bias, Tensor):
-        _check_bias(bias, q, (batch, heads, nq, nk))
-    elif bias is not None and not callable(bias):
-        raise TypeError(f"bias must be a tensor or a function of indices, got {type(bias).__name__}")
     how = as_weighting(weighting)
     if return_lse and not how.normalised:
         raise ValueError(f"return_lse needs a normalised weighting such as softmax, got {how}")
-    values = bias.table if isinstance(bias, Lookup) else bias
-    trained = isinstance(values, Tensor) and values.requires_grad
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or trained)
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got a tensor (multiply q by it)")
+    trained_bias = bias is not None and _check_bias(bias, q, (batch, heads, nq, nk))
+    trained = trained_bias or q.requires_grad or k.requires_grad or v.requires_grad
+    traced = torch.compiler.is_compiling()
     return Problem(
         batch=batch, heads=heads, kv_heads=kv_heads, nq=nq, nk=nk, dim=dim, value_dim=value_dim,
         dtype=q.dtype, device=q.device, pattern=pattern, weighting=how, bias=bias,
         scale=dim**-0.5 if scale is None else float(scale), dropout=float(dropout), return_lse=return_lse,
-        needs_grad=grad, compiling=torch.compiler.is_compiling(),
+        needs_grad=trained and torch.is_grad_enabled(), trained_bias=trained_bias and torch.is_grad_enabled(),
+        traced=traced, may_compile=traced or planner.may_compile(q.device), routed=route is not None,
     )  # fmt: skip
 
 
@@ -151,8 +157,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {x.dtype}")
         if 0 in x.shape:
             raise ValueError(f"{name} must not be empty, got {tuple(x.shape)}")
     for name, x in (("k", k), ("v", v)):
@@ -170,14 +176,27 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k's heads must divide q's heads, got {k.shape[1]} and {q.shape[1]}")
 
 
-def _check_bias(bias: Tensor, q: Tensor, wanted: tuple[int, int, int, int]) -> None:
-    fits = bias.dim() <= 4 and all(b in (1, w) for b, w in zip(reversed(bias.shape), reversed(wanted), strict=False))
+def _check_bias(bias: Bias, q: Tensor, wanted: tuple[int, int, int, int]) -> bool:
+    """Raise unless `bias` fits; whether it is to be trained."""
+    values = bias
+    if not isinstance(bias, Tensor):
+        if not callable(bias):
+            raise TypeError(f"bias must be a tensor or a function of indices, got {type(bias).__name__}")
+        if isinstance(bias, Lookup) and (bias.table.dim() != 2 or bias.table.shape[1] != q.shape[1]):
+            raise ValueError(f"bias's table must have shape (rows, H = {q.shape[1]}), got {tuple(bias.table.shape)}")
+        # One pair of the function shows what it returns, and whether a gradient flows into it.
+        zero = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=q.device)
+        values, wanted = bias(zero, zero, zero, zero), (1, 1, 1, 1)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"bias must return a tensor, got {type(values).__name__}")
+    fits = values.dim() <= 4 and all(b in (1, w) for b, w in zip(values.shape[::-1], wanted[::-1], strict=False))
     if not fits:
-        raise ValueError(f"bias must be broadcastable to (B, H, Nq, Nk) = {wanted}, got {tuple(bias.shape)}")
-    if bias.device != q.device:
-        raise ValueError(f"bias must be on q's device {q.device}, got {bias.device}")
-    if not bias.is_floating_point():
-        raise TypeError(f"bias must be floating point, got {bias.dtype} (wrap a mask: pattern=Explicit(mask))")
+        raise ValueError(f"bias must be broadcastable to (B, H, Nq, Nk) = {wanted}, got {tuple(values.shape)}")
+    if values.device != q.device:
+        raise ValueError(f"bias must be on q's device {q.device}, got {values.device}")
+    if not values.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {values.dtype} (wrap a mask: pattern=Explicit(mask))")
+    return values.requires_grad
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from attnlab.patterns import Causal, Full, Pattern
 from attnlab.weightings import Softmax, Weighting
 
 
-
 @dataclass(frozen=True, eq=False)
 class Lookup:
     """A bias that is looked up: `bias[h, q, k] = table[row(q, k), h]`, trained where the table is.
@@ -36,7 +35,9 @@ Bias = Tensor | Lookup | Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Problem:
     """Shapes and choices of one `attend` call, without the values of q, k and v.
 
-    `key` compares two problems for the planner's cache: equal keys get the same backend.
+    `key` compares two problems for the planner's cache: equal keys get the same backend. `traced` is True inside
+    torch.compile and torch.export; `may_compile` says whether a backend may compile by itself; `routed` that the pattern
+    was chosen from the values of q and k, so that it will not come again.
     """
 
     batch: int
@@ -55,7 +56,10 @@ class Problem:
     dropout: float
     return_lse: bool
     needs_grad: bool
-    compiling: bool
+    trained_bias: bool = False
+    traced: bool = False
+    may_compile: bool = False
+    routed: bool = False
 
     @property
     def groups(self) -> int:
@@ -74,16 +78,12 @@ class Problem:
     def is_softmax(self) -> bool:
         return self.weighting == Softmax()
 
-    @property
-    def bias_tensor(self) -> Tensor | None:
-        return self.bias if isinstance(self.bias, Tensor) else None
-
-    def materialised_bias(self) -> Tensor | None:
-        """The bias as a tensor broadcastable to (B, H, Nq, Nk): memory Nq·Nk if it was a function of indices."""
-        if self.bias is None or isinstance(self.bias, Tensor):
-            return self.bias
-        b, h, q, k = self.indices()
-        return self.bias(b, h, q, k).to(self.dtype)
+    def materialised_bias(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """The bias as a tensor with four axes, broadcastable to (B, H, Nq, Nk): Nq·Nk of memory for a function's."""
+        if self.bias is None:
+            return None
+        bias = self.bias if isinstance(self.bias, Tensor) else self.bias(*self.indices())
+        return bias.reshape((1,) * (4 - bias.dim()) + bias.shape).to(self.dtype if dtype is None else dtype)
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Batch, head, query and key indices, broadcastable to (B, H, Nq, Nk)."""
@@ -96,22 +96,16 @@ class Problem:
         )
 
     @property
-    def bias_kind(self) -> str:
-        """ "", "tensor", "lookup" or "function", with a "+" where it is to be trained."""
-        if self.bias is None:
-            return ""
-        values = self.bias.table if isinstance(self.bias, Lookup) else self.bias
-        kind = "tensor" if values is self.bias else "lookup"
-        if not isinstance(values, Tensor):
-            return "function"
-        return kind + "+" * (self.needs_grad and values.requires_grad)
+    def pairs(self) -> int:
+        """Scores of full attention: B·H·Nq·Nk."""
+        return self.batch * self.heads * self.nq * self.nk
 
     @property
     def key(self) -> tuple[object, ...]:
-        # A bias with a query axis of its own costs other than one that is broadcast over queries.
-        shape = self.bias.shape if isinstance(self.bias, Tensor) else None
+        # A bias that is broadcast over the queries costs other than one that is not.
+        bias = self.bias.shape if isinstance(self.bias, Tensor) else type(self.bias)
         return (
             *(self.batch, self.heads, self.kv_heads, self.nq, self.nk, self.dim, self.value_dim, self.dtype),
-            *(self.device.type, self.pattern, self.weighting, self.bias_kind, shape, self.dropout > 0),
-            *(self.return_lse, self.needs_grad, self.compiling),
+            *(self.device, self.pattern, self.weighting, bias, self.dropout > 0, self.return_lse),
+            *(self.needs_grad, self.trained_bias, self.traced, self.may_compile),
         )

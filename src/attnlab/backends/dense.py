@@ -9,16 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnlab.cost import Cost
+from attnlab.cost import Cost, machine
 from attnlab.patterns import Pattern
 from attnlab.problem import Problem
 
+# Masks up to this many pairs (16 MiB) are kept: sixteen of them at most.
+_KEPT = 2**24
 
-@lru_cache(maxsize=32)
-def _matrix(pattern: Pattern, nq: int, nk: int, batch: int, heads: int, device: torch.device) -> tuple[Tensor, bool]:
-    """The pattern's matrix and whether some query sees nothing, computed once for each problem shape."""
+
+def _matrix(p: Problem) -> tuple[Tensor, bool]:
+    """The pattern's matrix, and whether some query may see nothing."""
+    batch, heads = p.batch if p.pattern.per_batch else 1, p.heads if p.pattern.per_head else 1
+    if p.traced:
+        # Asking for the values would break the graph.
+        return p.pattern.matrix(p.nq, p.nk, batch=batch, heads=heads, device=p.device), True
+    make = _make if p.routed or batch * heads * p.nq * p.nk > _KEPT else _kept
+    return make(p.pattern, p.nq, p.nk, batch, heads, p.device)
+
+
+def _make(pattern: Pattern, nq: int, nk: int, batch: int, heads: int, device: torch.device) -> tuple[Tensor, bool]:
     seen = pattern.matrix(nq, nk, batch=batch, heads=heads, device=device)
-    return seen, bool((~seen.any(-1)).any())
+    return seen, not bool(seen.any(-1).all())
+
+
+_kept = lru_cache(maxsize=16)(_make)
 
 
 class Dense:
@@ -32,51 +46,67 @@ class Dense:
         return "" if problem.is_softmax else f"weighting {problem.weighting} (only softmax)"
 
     def cost(self, problem: Problem) -> Cost:
-        pairs = problem.batch * problem.heads * problem.nq * problem.nk
-        if problem.is_causal and not problem.return_lse and problem.bias is None:
-            pairs //= 2
-        flops = 2.0 * pairs * (problem.dim + problem.value_dim) * (3.5 if problem.needs_grad else 1)
-        masked = not (problem.is_full or problem.is_causal)
-        moved = 4.0 * pairs * (1.0 * masked + 4.0 * problem.return_lse)
-        return Cost(flops, moved, flops / 6e10 + moved / 5e9 + 2e-5)
+        p = problem
+        skips = p.is_causal and p.bias is None and not p.return_lse
+        flops = 2.0 * p.pairs * (p.dim + p.value_dim) * (3.5 if p.needs_grad else 1.0) * (0.5 if skips else 1.0)
+        masked = 0.0 if p.is_full or skips else p.nq * p.nk * (p.pairs / (p.nq * p.nk) if _per_head(p) else 1.0)
+        written = p.pairs * self._copies(p)
+        size = p.dtype.itemsize
+        made = 9.0 if p.bias is None or isinstance(p.bias, Tensor) else 40.0
+        return machine(p.device).cost(
+            flops,
+            kernel="dense" if not written else "by_hand",
+            # The mask is read for every head, in the backward too; scores that are written out are read again.
+            moved=size * (masked * p.batch * p.heads * (2 if p.needs_grad else 1) + 3.0 * written) + made * masked,
+            memory=(1 + size) * masked + size * written,
+            calls=1 if not written else 8,
+        )
+
+    def _copies(self, p: Problem) -> int:
+        """How many matrices of all scores are in memory at once: none where torch's fused kernel takes the problem."""
+        if p.return_lse:
+            return 4 if p.needs_grad else 3
+        fused = p.dim == p.value_dim and not p.dropout if p.device.type == "cpu" else True
+        return 0 if fused and not p.trained_bias else 4
 
     def run(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         p = problem
-        seen, dead = (None, False)
-        if not (p.is_full or (p.is_causal and p.bias is None and not p.return_lse)):
-            seen, dead = _matrix(p.pattern, p.nq, p.nk, p.batch, p.heads, p.device)
         if p.return_lse:
-            return self._with_lse(p, q, k, v, seen)
-        mask = seen
-        rows = None
-        if seen is not None and dead:
-            # A row without keys is NaN in softmax: let it see everything, then zero it, and its gradient with it.
-            rows = seen.any(-1, keepdim=True)
-            mask = seen | ~rows
+            return self._with_lse(p, q, k, v)
+        mask = rows = None
+        if not (p.is_full or (p.is_causal and p.bias is None)):
+            mask, dead = _matrix(p)
+            if dead and p.device.type != "cpu":
+                # Some GPU kernels make NaN of a row without keys: let it see everything, then zero it, and so its
+                # gradient. The CPU's kernels give zeros.
+                rows = mask.any(-1, keepdim=True)
+                mask = mask | ~rows
         bias = p.materialised_bias()
         if bias is not None:
             mask = bias if mask is None else torch.where(mask, bias, -math.inf)
-            mask = mask.to(p.dtype)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=p.dropout, scale=p.scale, enable_gqa=p.groups > 1,
             is_causal=p.is_causal and mask is None,
         )  # fmt: skip
         return (out if rows is None else out.masked_fill(~rows, 0.0)), None
 
-    def _with_lse(
-        self, p: Problem, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _with_lse(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The same by hand, since torch's kernels give no differentiable log-sum-exp."""
         if p.groups > 1:
             k, v = (x.repeat_interleave(p.groups, 1) for x in (k, v))
         wide = torch.float64 if p.dtype is torch.float64 else torch.float32
-        scores = (p.scale * q @ k.transpose(-1, -2)).to(wide)
-        bias = p.materialised_bias()
+        scores = ((p.scale * q) @ k.transpose(-1, -2)).to(wide)
+        bias = p.materialised_bias(wide)
         if bias is not None:
             scores = scores + bias
-        if seen is not None:
-            scores = scores.masked_fill(~seen, -math.inf)
-        dead = (scores == -math.inf).all(-1)
-        lse = torch.logsumexp(scores.masked_fill(dead[..., None], 0.0), -1)
-        weights = (scores - lse[..., None]).exp().to(p.dtype)
-        return weights @ v, lse.masked_fill(dead, -math.inf)
+        if not p.is_full:
+            scores = scores.masked_fill(~_matrix(p)[0], -math.inf)
+        # A row without keys gets finite scores, then weights of zero: no NaN in either direction.
+        dead = (scores == -math.inf).all(-1, keepdim=True)
+        lse = torch.logsumexp(scores.masked_fill(dead, 0.0), -1, keepdim=True)
+        weights = (scores - lse).exp().masked_fill(dead, 0.0).to(p.dtype)
+        return weights @ v, lse.masked_fill(dead, -math.inf).squeeze(-1)
+
+
+def _per_head(p: Problem) -> bool:
+    return p.pattern.per_batch or p.pattern.per_head
