@@ -11,8 +11,8 @@ from torch import Tensor
 
 Interval = tuple[Tensor, Tensor]
 
-# What gathering one key, and starting one tile, costs beside one (query, key) pair: measured, to the next ten.
-_KEY, _START = 40, 2000
+# What gathering a key, starting a tile, and another size of tile cost, in (query, key) pairs: roughly as measured.
+_KEY, _START, _SIZE = 40, 1000, 20_000
 
 
 def box_tiles(grid: Sequence[int], intervals: Sequence[Interval], steps: Sequence[int]) -> Tensor:
@@ -66,15 +66,16 @@ def _cut(length: int, interval: Interval, step: int, size: int) -> list[Tensor]:
     return tiles
 
 
-def _weigh(tiles: list[Tensor], interval: Interval, step: int) -> tuple[int, int, int]:
-    """How many tiles, keys of tiles, and pairs an axis has."""
+def _weigh(tiles: list[Tensor], interval: Interval, step: int) -> tuple[int, int, int, int]:
+    """How many tiles, keys of tiles, pairs and sizes of tiles an axis has."""
     spans = [int(interval[1][t].max() - interval[0][t].min()) // step + 1 for t in tiles]
-    return len(tiles), sum(spans), sum(s * len(t) for s, t in zip(spans, tiles, strict=True))
+    pairs = sum(s * len(t) for s, t in zip(spans, tiles, strict=True))
+    return len(tiles), sum(spans), pairs, len({len(t) for t in tiles})
 
 
-def _cost(axes: list[tuple[int, int, int]]) -> int:
-    tiles, keys, pairs = (math.prod(axis[i] for axis in axes) for i in range(3))
-    return pairs + _KEY * keys + _START * tiles
+def _cost(axes: list[tuple[int, int, int, int]]) -> int:
+    tiles, keys, pairs, sizes = (math.prod(axis[i] for axis in axes) for i in range(4))
+    return pairs + _KEY * keys + _START * tiles + _SIZE * sizes
 
 
 def box_keys(

@@ -17,6 +17,11 @@ TILE = 64
 _ASKED = 2**22
 # Masks up to this many elements are not worth sharing between tiles.
 _SMALL = 2**20
+# Pairs that cost as much as one more call of the kernel.
+_CALL = 2**15
+
+# Queries (T, b), keys (T, n) that some query of the tile sees, then −1, and which query sees which key.
+Part = tuple[Tensor, Tensor, Tensor]
 
 
 @lru_cache(maxsize=64)
@@ -26,16 +31,11 @@ def tiling(pattern: Pattern, nq: int, nk: int, device: torch.device | None = Non
     Each tile lists exactly the keys that some query of it sees. Costs time linear in the pairs that the pattern's own
     `tile_keys` names, or Nq·Nk where a pattern cannot name them.
     """
-    parts: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    parts: dict[int, list[Part]] = defaultdict(list)
     for queries in _query_tiles(pattern, nq, device):
-        for keys, seen, some in _visible(pattern, queries, nk):
-            counts = (keys >= 0).sum(-1)
-            buckets = _bucket(counts)
-            for bucket in buckets.unique().tolist():
-                if bucket:
-                    one = buckets == bucket
-                    parts[queries.shape[1], bucket].append((some[one], *_narrow(keys[one], seen[one])))
-    groups = [group for part in parts.values() for group in _groups(part)]
+        for part in _visible(pattern, queries, nk):
+            parts[queries.shape[1]].append(part)
+    groups = [group for size in parts for sized in _by_width(parts[size]) for group in _groups(*sized)]
     return Tiling(nq, nk, tuple(groups))
 
 
@@ -51,8 +51,8 @@ def _query_tiles(pattern: Pattern, nq: int, device: torch.device | None) -> list
     return [tiles[counts == n, :n] for n in counts.unique().tolist() if n]
 
 
-def _visible(pattern: Pattern, queries: Tensor, nk: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For pieces of the tiles: keys `(T, n)` that some query sees, then −1; which query sees which; the queries."""
+def _visible(pattern: Pattern, queries: Tensor, nk: int) -> list[Part]:
+    """The keys that each tile sees, a piece of the tiles at a time."""
     zero = torch.zeros((), dtype=torch.long, device=queries.device)
     keys = pattern.tile_keys(queries, nk)
     if keys is None:
@@ -67,30 +67,36 @@ def _visible(pattern: Pattern, queries: Tensor, nk: int) -> list[tuple[Tensor, T
             order = (~wanted).long().argsort(dim=1, stable=True)[:, : int(wanted.sum(1).max())]
             listed = listed.masked_fill(~wanted, -1).gather(1, order)
             seen = seen.gather(2, order[:, None].expand(*seen.shape[:2], order.shape[1]))
-        found.append((listed, seen, some))
+        found.append((some, listed, seen))
     return found
 
 
-def _bucket(counts: Tensor) -> Tensor:
-    """Counts rounded up so that few different ones remain: to 8, then to an eighth of their power of two."""
-    power = 2 ** counts.clamp_min(1).double().log2().floor().long()
-    grain = (power // 8).clamp_min(8)
-    return (counts + grain - 1) // grain * grain
-
-
-def _narrow(keys: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    width = int((keys >= 0).sum(-1).max())
-    return keys[:, :width], seen[:, :, :width]
-
-
-def _groups(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Group]:
-    """Groups of tiles with as many queries and (padded) keys, one group for each mask that many tiles share."""
+def _by_width(parts: list[Part]) -> list[Part]:
+    """The tiles of one size by their number of keys, those joined whose padding costs less than one more call."""
     width = max(keys.shape[1] for _, keys, _ in parts)
     queries = torch.cat([q for q, _, _ in parts])
     keys = torch.cat([torch.nn.functional.pad(k, (0, width - k.shape[1]), value=-1) for _, k, _ in parts])
     seen = torch.cat([torch.nn.functional.pad(s, (0, width - s.shape[2])) for _, _, s in parts])
+    counts = (keys >= 0).sum(1)
+    widths, tiles = (x.tolist() for x in counts.unique(return_counts=True))
+    found, begin, padding = [], 0, 0
+    for i, width in enumerate(widths):
+        wider = widths[i + 1] if i + 1 < len(widths) else None
+        if wider is not None:
+            padding += sum(tiles[begin : i + 1]) * queries.shape[1] * (wider - width)
+            if padding <= _CALL or wider * 8 <= widths[begin] * 9:
+                continue
+        if width:
+            one = (counts >= widths[begin]) & (counts <= width)
+            found.append((queries[one], keys[one, :width], seen[one, :, :width]))
+        begin, padding = i + 1, 0
+    return found
+
+
+def _groups(queries: Tensor, keys: Tensor, seen: Tensor) -> list[Group]:
+    """Groups of tiles of one shape: one for each mask that many tiles share, one for the rest."""
     # A tile with fewer keys repeats its last one, unseen.
-    keys = torch.where(keys >= 0, keys, keys.amax(1, keepdim=True))
+    keys = torch.where(keys >= 0, keys, keys.amax(1, keepdim=True)).clamp_min(0)
     if seen.all():
         return [_group(queries, keys, None)]
     if seen.numel() <= _SMALL:
