@@ -13,7 +13,7 @@ from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
 from attnlab.nn.mechanism import check_grid, split_heads
 from attnlab.nn.multihead import MultiHead
-from attnlab.positions import TableBias
+from attnlab.positions.bias import Displacement, TableBias
 
 
 @register(
@@ -84,7 +84,8 @@ class ShiftedWindow(MultiHead):
 
         places = torch.arange(window, device=x.device)
         places = (places[:, None] * self.window + places).flatten()
-        bias = self.relative.table[self.relative.place(places[:, None], places)].movedim(-1, 0)
+        rows_of_table = Displacement(self.relative.window)(places[:, None], places)
+        bias = self.relative.table[rows_of_table].movedim(-1, 0)
         tiles = windows(self.wqkv(x).unflatten(1, (height, width))).flatten(0, 1)
         q, k, v = (split_heads(t, self.heads) for t in tiles.chunk(3, dim=-1))
         if shift or below or right:
