@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.nn.functional import pad
 
 from attnlab.scan import fla
 from attnlab.scan.chunked import chunked
-from attnlab.scan.recurrent import recurrent
+from attnlab.scan.recurrent import Inputs, recurrent
 
 __all__ = ["scan"]
 
@@ -83,82 +82,57 @@ def scan(
         return fla.run(q, k, v, decay, beta, 1.0 if scale is None else scale, state, bounds)
 
     repeats = heads // q.shape[1]
-    q, k, state = q.to(wide), k.to(wide), state.to(wide)
-    q = q if scale is None else q * scale
+    q = q.to(wide) if scale is None else q.to(wide) * scale
     if repeats > 1:
         q, k = q.repeat_interleave(repeats, dim=1), k.repeat_interleave(repeats, dim=1)
-    if decay is not None:
-        decay = (decay if decay.ndim == 4 else decay.unsqueeze(-1)).to(wide)
-    beta = None if beta is None else beta.to(wide)
+    decay = decay.unsqueeze(-1) if decay is not None and decay.ndim == 3 else decay
+    beta = None if beta is None else beta.unsqueeze(-1)
+    inputs = Inputs(q, k, v, decay, beta).each(lambda x: x.to(wide))
     with torch.autocast(q.device.type, enabled=False):
-        run = _recurrent if backend == "recurrent" else _chunked
-        out, state = run(q, k, v.to(wide), decay, beta, state, bounds, chunk)
+        if backend == "chunked":
+            out, state = _chunked(inputs, state.to(wide), bounds, chunk)
+        elif bounds is None:
+            out, state = recurrent(inputs, state.to(wide))
+        else:
+            parts = [
+                recurrent(inputs.each(lambda x, a=a, b=b: x[:, :, a:b]), state[i : i + 1].to(wide))  # type: ignore[misc]
+                for i, (a, b) in enumerate(pairwise(bounds))
+            ]
+            out, state = torch.cat([o for o, _ in parts], dim=2), torch.cat([s for _, s in parts])
     return out.to(v.dtype), state
 
 
-def _recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor,
-    bounds: list[int] | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    if bounds is None:
-        return recurrent(q, k, v, decay, beta, state)
-    outs, states = [], []
-    for number, (start, stop) in enumerate(pairwise(bounds)):
-        piece: list[Any] = [None if x is None else x[:, :, start:stop] for x in (q, k, v, decay, beta)]
-        out, last = recurrent(*piece, state[number : number + 1])
-        outs.append(out)
-        states.append(last)
-    return torch.cat(outs, dim=2), torch.cat(states)
-
-
-def _chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    state: Tensor,
-    bounds: list[int] | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
+def _chunked(inputs: Inputs, state: Tensor, bounds: list[int] | None, chunk: int) -> tuple[Tensor, Tensor]:
     """Cut into chunks, padding the last one of each sequence with tokens that change nothing."""
-    batch, heads, length, _ = q.shape
+    batch, heads, length, width = inputs.v.shape
     longest = length if bounds is None else max(b - a for a, b in pairwise(bounds))
-    size = min(1 << (chunk - 1).bit_length(), 1 << max(longest - 1, 0).bit_length())
-    beta = None if beta is None else beta.unsqueeze(-1)
-    inputs: list[Tensor | None] = [q, k, v, decay, beta]
+    size = min(1 << (chunk - 1).bit_length(), 1 << (longest - 1).bit_length())
     if bounds is None:
         missing = -length % size
         if missing:
-            inputs = [None if x is None else pad(x, (0, 0, 0, missing)) for x in inputs]
-        cut: list[Any] = [None if x is None else x.reshape(batch * heads, -1, size, x.shape[-1]) for x in inputs]
-        out, last = chunked(*cut, state.flatten(0, 1).unsqueeze(0), (0,))
-        out = out.reshape(batch, heads, -1, v.shape[-1])
+            inputs = inputs.each(lambda x: pad(x, (0, 0, 0, missing)))
+        cut = inputs.each(lambda x: x.reshape(batch * heads, -1, size, x.shape[-1]))
+        out, last = chunked(cut, state.flatten(0, 1).unsqueeze(0), (0,))
+        out = out.reshape(batch, heads, -1, width)
         return (out[:, :, :length] if missing else out), last.view(state.shape)
 
-    # Packed: each sequence starts a new chunk. `places` says where each token lies among the padded chunks.
+    # Packed: each sequence starts a new chunk. `where` says where each token lies among the padded chunks.
     first, places, at = [], [], 0
     filled = [i for i, (a, b) in enumerate(pairwise(bounds)) if b > a]
     for i in filled:
         count = bounds[i + 1] - bounds[i]
         first.append(at)
-        places.append(torch.arange(count, device=q.device) + at * size)
+        places.append(torch.arange(count, device=state.device) + at * size)
         at += -(-count // size)
     where = torch.cat(places)
-    spread = [None if x is None else x.new_zeros(heads, at * size, x.shape[-1]) for x in inputs]
-    cut = [
-        None if x is None or s is None else s.index_copy(1, where, x[0]).view(heads, at, size, -1)
-        for x, s in zip(inputs, spread, strict=True)
-    ]
-    picked = torch.tensor(filled, device=q.device)
-    out, last = chunked(*cut, state[picked], tuple(first))
-    out = out.reshape(heads, at * size, -1).index_select(1, where).unsqueeze(0)
+
+    def spread(x: Tensor) -> Tensor:
+        empty = x.new_zeros(heads, at * size, x.shape[-1])
+        return empty.index_copy(1, where, x[0]).view(heads, at, size, -1)
+
+    picked = torch.tensor(filled, device=state.device)
+    out, last = chunked(inputs.each(spread), state[picked], tuple(first))
+    out = out.reshape(heads, at * size, width).index_select(1, where).unsqueeze(0)
     return out, last if len(filled) == len(state) else state.index_copy(0, picked, last)
 
 

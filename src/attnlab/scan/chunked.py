@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnlab.scan.decays import Decays, decayed_scores, decayed_scores_backward, scalar_scores_backward, unit_inverse
+from attnlab.scan.recurrent import Inputs
 
 # Tokens (over all rows) that are worked on together: 64 channels of them in float32 fill 512 KiB, and about ten such
 # arrays are alive at a time.
@@ -216,15 +217,13 @@ def _backward(
     return dq, dk, dv, d_decay, d_beta
 
 
-def chunked(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor, first: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """The scan of q, k (M, n, C, Dk), v (M, n, C, Dv) in n chunks of C tokens, a power of two; see `_Chunked`."""
-    inputs = (q, k, v, decay, beta)
+def chunked(inputs: Inputs, state: Tensor, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The scan of `inputs`, each (M, n, C, channels): n chunks of C tokens, a power of two; see `_Chunked`."""
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, state))
-    rows = max(1, TOKENS_AT_A_TIME // q.shape[2])
-    if q.shape[0] <= rows:
+    total = inputs.q.shape[0]
+    rows = max(1, TOKENS_AT_A_TIME // inputs.q.shape[2])
+    if total <= rows:
         return _Chunked.apply(*inputs, state, first, keep)
-    split = [[None] * -(-q.shape[0] // rows) if x is None else x.split(rows) for x in inputs]
+    split = [[None] * -(-total // rows) if x is None else x.split(rows) for x in inputs]
     parts = [_Chunked.apply(*piece, s, first, keep) for *piece, s in zip(*split, state.split(rows, dim=1), strict=True)]
     return torch.cat([out for out, _ in parts]), torch.cat([final for _, final in parts], dim=1)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def recurrent(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
+class Inputs(NamedTuple):
+    """What goes into a scan beside its state: q, k (B, H, N, Dk), v (B, H, N, Dv), decay (B, H, N, 1 or Dk), beta."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None  # its logarithm
+    beta: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with `change` made to each one that is given."""
+        return Inputs(*(x if x is None else change(x) for x in self))  # type: ignore[arg-type]
+
+
+def recurrent(inputs: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
     """Walk through the tokens and return every token's output and the state after the last one.
 
         S ← e^decay_t S                              (decay of shape (…, 1): one number per head; (…, Dk): per channel)
@@ -16,9 +31,10 @@ def recurrent(
         S ← S + k_t u_tᵀ
         o_t = Sᵀ q_t
 
-    q, k (B, H, N, Dk), v (B, H, N, Dv), decay (B, H, N, 1 or Dk) ≤ 0, beta (B, H, N), state (B, H, Dk, Dv).
+    beta (B, H, N, 1), state (B, H, Dk, Dv).
     Cost O(N · Dk · Dv) per head, N steps in sequence; training keeps every state.
     """
+    q, k, v, decay, beta = inputs
     outputs = []
     for t in range(q.shape[2]):
         key = k[:, :, t].unsqueeze(-1)
@@ -26,7 +42,7 @@ def recurrent(
         if decay is not None:
             state = state * decay[:, :, t].exp().unsqueeze(-1)
         if beta is not None:
-            value = beta[:, :, t, None, None] * (value - key.mT @ state)
+            value = beta[:, :, t].unsqueeze(-1) * (value - key.mT @ state)
         state = state + key * value
         outputs.append(q[:, :, t].unsqueeze(-2) @ state)
     return torch.cat(outputs, dim=2) if outputs else v, state
