@@ -1,0 +1,113 @@
+"""Our image backbones beside the same ones in timm: inference and training on CPU, in one run, in turns.
+
+    python benchmarks/backbones.py [--threads 2] [--repeats 10]
+
+Prints the shortest time of each and timm's time over ours: above 1, ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import attnlab
+
+
+def load_timm() -> Any:
+    """timm, or the reason why it is absent, as text.
+
+    timm imports torchvision, whose compiled operators do not load beside a CPU build of torch; the two schemas that its
+    import asks for are enough for timm.
+    """
+    try:
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError:
+            library = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+                del sys.modules[name]
+            load_timm.library = library  # type: ignore[attr-defined]  # the schemas live as long as it does
+        import timm
+    except ImportError as error:
+        return str(error)
+    return timm
+
+
+def timm_eca_resnet50(timm: Any) -> nn.Module:
+    from timm.models.resnet import Bottleneck, ResNet
+
+    return ResNet(Bottleneck, (3, 4, 6, 3), block_args={"attn_layer": "eca"})
+
+
+PAIRS: dict[str, Callable[[Any], nn.Module]] = {
+    "focalnet_tiny_srf": lambda timm: timm.create_model("focalnet_tiny_srf"),
+    "focalnet_tiny_lrf": lambda timm: timm.create_model("focalnet_tiny_lrf"),
+    "eca_resnet50": timm_eca_resnet50,
+}
+
+
+def in_turns(calls: list[Callable[[], object]], repeats: int) -> list[float]:
+    """The shortest time of each call in milliseconds; they take turns, so that a busy moment hits all of them."""
+    shortest = [float("inf")] * len(calls)
+    for repeat in range(repeats + 1):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if repeat:  # the first round warms up
+                shortest[i] = min(shortest[i], time.perf_counter() - start)
+    return [1e3 * s for s in shortest]
+
+
+def infer(net: nn.Module, batch: int) -> Callable[[], object]:
+    x = torch.randn(batch, 3, 224, 224)
+
+    def call() -> None:
+        net.eval()
+        with torch.inference_mode():
+            net(x)
+
+    return call
+
+
+def train(net: nn.Module, batch: int) -> Callable[[], object]:
+    x = torch.randn(batch, 3, 224, 224)
+
+    def call() -> None:
+        net.train()
+        net.zero_grad()
+        net(x).logsumexp(-1).sum().backward()
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--only", help="the name of one backbone")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    timm = load_timm()
+    if isinstance(timm, str):
+        print(f"timm is absent ({timm}): only our own times")
+    print(f"{'backbone':<20} {'work':<20} {'ours':>9} {'timm':>9}   timm / ours")
+    for name, peer in PAIRS.items():
+        if options.only not in (None, name):
+            continue
+        nets = [attnlab.build(name)] + ([] if isinstance(timm, str) else [peer(timm)])
+        for work, make, batch in (("inference", infer, 1), ("inference", infer, 8), ("training", train, 4)):
+            times = in_turns([make(net, batch) for net in nets], max(options.repeats // batch, 3))
+            theirs = f"{times[1]:>6.0f} ms   {times[1] / times[0]:.2f}×" if len(times) > 1 else "  absent"
+            print(f"{name:<20} {f'{work}, batch {batch}':<20} {times[0]:>6.0f} ms {theirs}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
