@@ -14,7 +14,7 @@ from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMI
 from attnlab.nn.cache import KVCache
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern
-from attnlab.weightings import Sigmoid
+from attnlab.weightings import Sigmoid, Weighting
 
 
 @register(
@@ -69,6 +69,11 @@ class SigmoidAttention(MultiHead):
         self.temperature, self.rows = temperature, rows
         self.v_norm = v_norm(self.head_dim) if v_norm else nn.Identity()
 
+    @property
+    def weighting(self) -> Weighting:
+        """What makes weights of scores."""
+        return Sigmoid(self.shift)
+
     def qkv(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(x, context)
         return q, k, self.v_norm(v)
@@ -90,7 +95,7 @@ class SigmoidAttention(MultiHead):
             cold = bias
             bias = cold * heat if isinstance(cold, Tensor) else lambda b, h, q, k: cold(b, h, q, k) * heat
         y = attend(
-            q, k, v, pattern=pattern, weighting=Sigmoid(self.shift), bias=bias, scale=heat * self.head_dim**-0.5,
+            q, k, v, pattern=pattern, weighting=self.weighting, bias=bias, scale=heat * self.head_dim**-0.5,
             dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
         if self.rows:
