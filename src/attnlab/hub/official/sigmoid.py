@@ -142,7 +142,7 @@ class TransformerBlock:
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> TokenBlock:
         inner = {n.removeprefix("attn."): t for n, t in params.items() if n.startswith("attn.")}
         hidden, dim = params["mlp.fc1.weight"].shape
-        named = re.search("rope|rotary|transform", str(arguments).lower())
+        named = re.search("rope|rotary|_transform", str(arguments).lower())
         position = {} if named else {"attn_logits_transform": "alibi"}
         block = TokenBlock(
             dim,
