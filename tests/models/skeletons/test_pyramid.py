@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from attnlab import cards
 from attnlab.models.skeletons.parts import MLP, ChannelNorm, ConvStem, Downsample, DropPath, drop_path_rates
-from attnlab.models.skeletons.pyramid import Block, Place, Pyramid
+from attnlab.models.skeletons.pyramid import Block, Place, Pyramid, around
 
 
 def small(**keywords) -> Pyramid:
@@ -108,6 +109,16 @@ def test_state_dict_names_are_systematic():
     names = {n.rsplit(".", 1)[0] for n in small().state_dict()}
     assert names >= {"stem.conv", "stem.norm", "stages.1.downsample.conv", "stages.1.downsample.norm", "norm", "head"}
     assert {f"stages.1.blocks.1.{part}" for part in ("norm1", "mixer", "norm2", "mlp.fc1", "mlp.fc2")} <= names
+
+
+@pytest.mark.parametrize(("name", "options"), [("focal", {"levels": 3}), ("eca", {}), ("multihead", {"heads": 2})])
+def test_any_registered_mechanism_makes_a_pyramid(name, options):
+    net = small(block=around(name, options=options, mlp=2.0, layer_scale=0.1), drop_path=0.2)
+    assert net(torch.randn(2, 3, 20, 28)).shape == (2, 5)
+    assert type(net.stages[0].blocks[0].mixer) is cards.target(name)
+    assert net.stages[1].blocks[1].drop_path.rate == 0.2
+    with pytest.raises(ValueError, match="'focalnet' is of kind 'backbone'"):
+        around("focalnet")
 
 
 def test_stems_shrink_by_their_strides():

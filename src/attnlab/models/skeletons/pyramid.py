@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from operator import mul
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from attnlab import cards
 from attnlab.models.skeletons.parts import (
     MLP,
     Downsample,
@@ -98,6 +99,23 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+def around(mixer: str, *, options: Mapping[str, Any] | None = None, **block: Any) -> Callable[[Place], nn.Module]:
+    """For `Pyramid(block=…)`: a `Block(**block)` around the mechanism registered as `mixer`, built with `options`.
+
+    Feature and token mechanisms alike: `Pyramid(dims=(64, 128), …, block=around("focal", options={"levels": 3}))`.
+    """
+    kind = cards.describe(mixer).kind
+    if kind not in (cards.FEATURES, cards.TOKENS):
+        raise ValueError(f"mixer must name a feature or token mechanism, {mixer!r} is of kind {kind.value!r}")
+    layout: Layout = "NCHW" if kind is cards.FEATURES else "tokens"
+
+    def build(place: Place) -> nn.Module:
+        module = cards.build(mixer, place.dim, **(options or {}))
+        return Block(place.dim, module, layout=layout, drop_path=place.drop_path, **block)
+
+    return build
+
+
 class Stage(nn.Module):
     """Shrink the map (where there is a `downsample`), then run the blocks."""
 
@@ -122,7 +140,7 @@ class Pyramid(nn.Module):
         dims, depths: width and number of blocks of each stage.
         strides: how much the stem, then each later stage's downsample, shrinks the map.
         stem: image → map of `stem_dim` channels (default `dims[0]`); by default patches, `Downsample` of `strides[0]`.
-        block: builds the block that stands at a `Place`.
+        block: builds the block that stands at a `Place`; `around(name)` does it for any registered mechanism.
         downsample: builds what opens stage i ≥ 1 from (dim, out_dim, stride); None where blocks do it themselves.
         norm: map → map of `head_dim` channels (default `dims[-1]`) before pooling; None for none.
         num_classes: 0 for no head: `forward` then returns the pooled features.
