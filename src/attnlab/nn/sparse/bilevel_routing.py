@@ -150,7 +150,7 @@ class BilevelRouting(Mechanism):
         else:
             queries, keys = (Partition.of(t.shape[2], t.shape[1] * t.shape[2]) for t in (q, k))
             q, k, v = (t.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-            y = attend(q, k, v, pattern=Routed.of(choice.regions[:, None], queries, keys), scale=self.scale)
+            y = attend(q, k, v, route=Routed.of(choice.regions[:, None], queries, keys), scale=self.scale)
             y = y.transpose(1, 2).flatten(2).unflatten(1, (n * n, -1))
         y = _to_map(y, n, tall)
         y = y if lepe is None else y + lepe
