@@ -1,0 +1,88 @@
+"""Linear attention: a positive feature map in place of the exponential, so that the sums over keys become a state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import elu, pad
+
+from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
+from attnlab.nn.mechanism import join_heads
+from attnlab.nn.multihead import MultiHead
+from attnlab.patterns import Pattern
+from attnlab.scan import scan
+
+
+@register(
+    Card(
+        name="linear",
+        title="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+        paper="2006.16236",
+        family="linear",
+        kind=TOKENS,
+        capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
+        cost="N",
+        growth=1.0,
+        sample=dict(heads=4),
+    )
+)
+class LinearAttention(MultiHead):
+    """Attention whose weight is a product of positive features, in time linear in the length.
+
+        y_i = Wo · Σ_j φ(q_i)ᵀφ(k_j) v_j / Σ_j φ(q_i)ᵀφ(k_j)        φ(x) = elu(x) + 1
+
+    x `(B, N, C)` → `(B, N, C)`; O(N · C · D) time. Causal, and in cross-attention where query i sees the context up to
+    i, the sums run along the tokens (`scan`); the state that streams is `(B, H, D, D + 1)`, whatever the length.
+    Source: arXiv 2006.16236.
+    """
+
+    def __init__(
+        self, dim: int, *, heads: int = 8, head_dim: int | None = None, bias: bool = False, causal: bool = False
+    ) -> None:
+        super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, causal=causal)
+
+    def initial_state(  # type: ignore[override]
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        if not self.causal:
+            raise ValueError("streaming needs causal=True")
+        dtype = torch.promote_types(dtype or self.wqkv.weight.dtype, torch.float32)
+        shape = (batch, self.heads, self.head_dim, self.head_dim + 1)
+        return torch.zeros(shape, device=device or self.wqkv.weight.device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        grid: tuple[int, ...] | None = None,
+        pattern: Pattern | None = None,
+        state: Any = None,
+    ) -> Any:
+        self.check(x, context)
+        self.refuse(pattern=pattern)
+        if state is not None:
+            self.refuse(context=context)
+            if not self.causal:
+                raise ValueError("streaming needs causal=True")
+        q, k, v = self.project(x, context)
+        q, k = elu(q) + 1, elu(k) + 1
+        v = pad(v, (0, 1), value=1.0)  # one more channel, which sums the weights
+        if self.causal:
+            missing = q.shape[2] - k.shape[2]  # query i sees the context up to i: cut it, or go on with nothing
+            k, v = (pad(t, (0, 0, 0, missing)) for t in (k, v)) if missing else (k, v)
+            sums, state_after = scan(q, k, v, state=state)
+        else:
+            sums = q @ (k.mT @ v)
+        y = self.wo(join_heads(sums[..., :-1] / (sums[..., -1:] + 1e-6)))
+        return y if state is None else (y, state_after)
+
+    def weights(self, x: Tensor, context: Tensor | None = None, **keywords: Any) -> Tensor:
+        """The weights `(B, H, N, M)` with which values are mixed: to look at, quadratic in N."""
+        self.refuse(**keywords)
+        q, k, _ = self.project(x, context)
+        scores = (elu(q) + 1) @ (elu(k) + 1).mT
+        scores = scores.tril() if self.causal else scores
+        return scores / (scores.sum(-1, keepdim=True) + 1e-6)
