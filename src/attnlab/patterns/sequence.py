@@ -121,6 +121,12 @@ class PowersOfTwo(Pattern):
         power = (delta & (delta - 1)) == 0
         return (k <= q) & (power | (delta < self.window) | (key_block < self.sinks))
 
+    def query_tiles(self, nq: int) -> Tensor | None:
+        # Tiles within one block, unless blocks are tiny: queries of two blocks share few keys.
+        tile = max(16, *(n for n in range(1, 65) if self.block % n == 0))
+        positions = torch.arange(-(-nq // tile) * tile)
+        return positions.masked_fill(positions >= nq, -1).view(-1, tile)
+
     def tile_keys(self, tiles: Tensor, nk: int) -> Tensor:
         newest = tiles.amax(1) // self.block
         oldest = tiles.amin(1) // self.block
