@@ -85,6 +85,7 @@ class Decoder(nn.Module):
         mixer_options: keywords for mixers given by name. Of `causal=True`, `heads`, `kv_heads`, `head_dim`, `position`
             and `layer`, a mechanism gets beside them whatever its constructor names.
         hidden: the width inside SwiGLU; 8/3 · dim, rounded up to a multiple of 64, if None.
+        mlp: a function of the layer's index that builds another feed-forward in SwiGLU's place.
         position: "rotary", "alibi", "learned" (a table of `length` places) or "none"; or a `Position` for all layers.
         rope_base, rope_scaling: of the rotary position.
         length: the longest text allowed; None for no limit.
@@ -104,6 +105,7 @@ class Decoder(nn.Module):
         hidden: int | None = None,
         mixer: Mixer | Sequence[Mixer] = "multihead",
         mixer_options: Mapping[str, Any] | None = None,
+        mlp: Callable[[int], nn.Module] | None = None,
         position: str | Position = "rotary",
         rope_base: float = 10000.0,
         rope_scaling: Scaling | None = None,
@@ -142,7 +144,7 @@ class Decoder(nn.Module):
             DecoderBlock(
                 dim,
                 _mixer(mixers[i % len(mixers)], dim, {**shared, "layer": i}, options),
-                SwiGLU(dim, hidden),
+                SwiGLU(dim, hidden) if mlp is None else mlp(i),
                 norm=norm,
             )
             for i in range(depth)
