@@ -1,4 +1,4 @@
-"""Multi-head latent attention without positions: keys and values come from one small latent per token, all it caches."""
+"""Multi-head latent attention without positions: keys and values come from one small latent per token."""
 
 from __future__ import annotations
 
