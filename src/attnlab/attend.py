@@ -100,7 +100,7 @@ def attend(
         q, k, v, pattern=pattern, route=route, weighting=weighting, bias=bias, scale=scale, dropout=dropout,
         return_lse=return_lse,
     )  # fmt: skip
-    out, lse = planner.choose(problem, backend).run(problem, q, k, v)
+    out, lse = planner.run(problem, q, k, v, backend)
     return (out, lse) if lse is not None and return_lse else out
 
 
@@ -178,8 +178,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_bias(bias: Bias, q: Tensor, wanted: tuple[int, int, int, int]) -> bool:
     """Raise unless `bias` fits; whether it is to be trained."""
-    values = bias
-    if not isinstance(bias, Tensor):
+    if isinstance(bias, Tensor):
+        values = bias
+    else:
         if not callable(bias):
             raise TypeError(f"bias must be a tensor or a function of indices, got {type(bias).__name__}")
         if isinstance(bias, Lookup) and (bias.table.dim() != 2 or bias.table.shape[1] != q.shape[1]):

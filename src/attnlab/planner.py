@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from attnlab.backends import Backend
 from attnlab.backends.dense import Dense
-from attnlab.backends.flex import Flex
+from attnlab.backends.flex import Flex, FlexFailed
 from attnlab.backends.natten import Natten
 from attnlab.backends.reference import Reference
+from attnlab.backends.tiles import Tiles
 from attnlab.cost import Cost, available_bytes
 from attnlab.problem import Problem
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # Those that torch.compile and torch.export can follow come in the order in which they are tried there.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Natten(), Flex(), Dense(), Reference())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Natten(), Flex(), Dense(), Tiles(), Reference())}
 
 # What is small enough is not worth asking the system about.
 _SURELY_FITS = 2**28
@@ -44,6 +46,19 @@ def compiling(enabled: bool = True) -> Iterator[None]:
 def may_compile(device: torch.device) -> bool:
     """Whether a backend may compile here without being inside torch.compile: on a GPU always, elsewhere if asked to."""
     return device.type == "cuda" or _compiling.get()
+
+
+def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """Run `problem` on the backend that `choose` names; on the next best where a compiler gave up on the first."""
+    while True:
+        chosen = choose(problem, backend)
+        try:
+            return chosen.run(problem, q, k, v)
+        except FlexFailed:
+            # From now on the backend says that it cannot, so it is not chosen again, and `explain` tells why.
+            if backend != "auto":
+                raise
+            _chosen.pop(problem.key, None)
 
 
 def choose(problem: Problem, backend: str = "auto") -> Backend:

@@ -36,8 +36,8 @@ class Problem:
     """Shapes and choices of one `attend` call, without the values of q, k and v.
 
     `key` compares two problems for the planner's cache: equal keys get the same backend. `traced` is True inside
-    torch.compile and torch.export; `may_compile` says whether a backend may compile by itself; `routed` that the pattern
-    was chosen from the values of q and k, so that it will not come again.
+    torch.compile and torch.export; `may_compile` says whether a backend may compile by itself; `routed`, that the
+    pattern was chosen from the values of q and k, so that it will not come again.
     """
 
     batch: int

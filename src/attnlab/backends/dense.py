@@ -47,26 +47,29 @@ class Dense:
 
     def cost(self, problem: Problem) -> Cost:
         p = problem
-        skips = p.is_causal and p.bias is None and not p.return_lse
-        flops = 2.0 * p.pairs * (p.dim + p.value_dim) * (3.5 if p.needs_grad else 1.0) * (0.5 if skips else 1.0)
-        masked = 0.0 if p.is_full or skips else p.nq * p.nk * (p.pairs / (p.nq * p.nk) if _per_head(p) else 1.0)
-        written = p.pairs * self._copies(p)
-        size = p.dtype.itemsize
-        made = 9.0 if p.bias is None or isinstance(p.bias, Tensor) else 40.0
+        skips = p.is_causal and p.bias is None and not p.return_lse and p.nq > 1024
+        copies, size = self._copies(p), p.dtype.itemsize
+        # The mask: every distinct pair is asked for once (and once more in a cast), then read for each head.
+        per_head = p.pattern.per_batch or p.pattern.per_head
+        mask = 0 if p.is_full or (p.is_causal and p.bias is None) else (p.pairs if per_head else p.nq * p.nk)
+        if callable(p.bias):
+            mask += 4 * p.heads * p.nq * p.nk
         return machine(p.device).cost(
-            flops,
-            kernel="dense" if not written else "by_hand",
-            # The mask is read for every head, in the backward too; scores that are written out are read again.
-            moved=size * (masked * p.batch * p.heads * (2 if p.needs_grad else 1) + 3.0 * written) + made * masked,
-            memory=(1 + size) * masked + size * written,
-            calls=1 if not written else 8,
+            "by_hand" if copies else "fused",
+            p.pairs * (0.5 if skips else 1.0),
+            p.dim + p.value_dim,
+            train=p.needs_grad,
+            dtype=p.dtype,
+            moved=(8.0 + size) * mask + (size * p.pairs / 4 if mask else 0.0),
+            memory=(1.0 + size) * mask + size * copies * p.pairs,
+            calls=8 if copies else 1,
         )
 
     def _copies(self, p: Problem) -> int:
         """How many matrices of all scores are in memory at once: none where torch's fused kernel takes the problem."""
         if p.return_lse:
             return 4 if p.needs_grad else 3
-        fused = p.dim == p.value_dim and not p.dropout if p.device.type == "cpu" else True
+        fused = p.device.type != "cpu" or (p.dim == p.value_dim and not p.dropout)
         return 0 if fused and not p.trained_bias else 4
 
     def run(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +109,3 @@ class Dense:
         lse = torch.logsumexp(scores.masked_fill(dead, 0.0), -1, keepdim=True)
         weights = (scores - lse).exp().masked_fill(dead, 0.0).to(p.dtype)
         return weights @ v, lse.masked_fill(dead, -math.inf).squeeze(-1)
-
-
-def _per_head(p: Problem) -> bool:
-    return p.pattern.per_batch or p.pattern.per_head

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from attnlab.cost import Cost, machine
 from attnlab.patterns import Neighborhood
+from attnlab.patterns.speedup import speedup
 from attnlab.problem import Problem
 
 
@@ -54,9 +54,11 @@ class Natten:
 
     def cost(self, problem: Problem) -> Cost:
         p = problem
-        pattern = p.pattern
-        assert_grid = math.prod(pattern.grid)  # type: ignore[attr-defined]
-        return machine(p.device).cost(float(assert_grid), kernel="natten")
+        moved = 2.0 * p.dtype.itemsize * p.batch * p.heads * p.nq * (3 * p.dim + p.value_dim)
+        visited = p.pairs / speedup(p.pattern, 64, 64).reachable
+        return machine(p.device).cost(
+            "natten", visited, p.dim + p.value_dim, train=p.needs_grad, dtype=p.dtype, moved=moved
+        )
 
     def run(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         from natten import functional

@@ -22,10 +22,10 @@ class Reference:
 
     def cost(self, problem: Problem) -> Cost:
         p = problem
-        flops = 2.0 * p.pairs * (p.dim + p.value_dim) * (3.5 if p.needs_grad else 1)
-        # About eight passes over the scores, five times that with the gradient; half of it is there at once.
-        passes = 8.0 * p.pairs * (40 if p.needs_grad else 8)
-        return machine(p.device).cost(flops, kernel="float64", moved=passes, memory=passes / 2, calls=20)
+        memory = 8.0 * p.pairs * (12 if p.needs_grad else 4)
+        return machine(p.device).cost(
+            "float64", p.pairs, p.dim + p.value_dim, train=p.needs_grad, memory=memory, calls=20
+        )
 
     def run(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         q, k, v = q.double(), k.double(), v.double()
