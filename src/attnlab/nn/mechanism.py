@@ -86,13 +86,20 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def pattern_for(causal: bool, pattern: Pattern | None, offset: int, queries: int | None = None) -> Pattern | None:
-    """The pattern of one call: what the caller gave, made causal if the mechanism is, seen from position `offset`.
+def pattern_for(
+    causal: bool, pattern: Pattern | None, offset: int, queries: int | None = None, *, own: Pattern | None = None
+) -> Pattern | None:
+    """The pattern of one call: what the caller gave, narrowed to the mechanism's `own`, seen from position `offset`.
 
-    With `queries=1` and nothing given it is None: the token that comes last may see every key so far.
+    `own` is everything, or what is causal, if None. With `queries=1` and nothing given the result is None: the token
+    that comes last may see every key so far.
     """
-    if pattern is None and (not causal or (queries == 1 and offset > 0)):
-        return None
-    if causal:
-        pattern = Causal() if pattern is None else pattern & Causal()
-    return pattern.shift(offset) if pattern is not None else None
+    if pattern is not None and not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a Pattern, got {type(pattern).__name__} (wrap a mask: Explicit(mask))")
+    if own is None and causal:
+        if pattern is None and queries == 1 and offset > 0:
+            return None
+        own = Causal()
+    if own is not None:
+        pattern = own if pattern is None else pattern & own
+    return None if pattern is None else pattern.shift(offset)

@@ -39,13 +39,12 @@ class ALiBi(Position):
         super().__init__()
         self.heads, self.signed = heads, signed
         with torch.device("cpu"):
-            slopes = alibi_slopes(heads)
-        self.register_buffer("slopes", slopes.float(), persistent=False)
-        self.slopes: Tensor
+            # Not a buffer: a model in bfloat16 still wants exact slopes.
+            self.slopes = alibi_slopes(heads).float()
 
     def of(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """The bias of head `h` between positions `q` and `k`."""
-        return self.slopes[h] * (k - q if self.signed else -(k - q).abs())
+        return self.slopes.to(h.device)[h] * (k - q if self.signed else -(k - q).abs())
 
     def bias(self, nq: int, nk: int, offset: int = 0) -> IndexBias:
         return self.of if offset == 0 else lambda b, h, q, k: self.of(b, h, q + offset, k)

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnlab.attend import attend
 from attnlab.cards import ANY_LENGTH, CAUSAL_CROSS, CAUSAL_SELF, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import KVCache
+from attnlab.nn.mechanism import pattern_for
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern, PowersOfTwo
 
@@ -52,7 +53,7 @@ class PowerAttention(MultiHead):
         self.pattern = PowersOfTwo(block=block, window=window, sinks=sinks)
 
     def where(self, given: Pattern | None, offset: int, queries: int) -> Pattern | None:
-        return (self.pattern if given is None else self.pattern & given).shift(offset)
+        return pattern_for(self.causal, given, offset, own=self.pattern)
 
     def mix(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnlab.attend import attend, merge
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, EXACT, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import RollingCache
+from attnlab.nn.mechanism import pattern_for
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Causal, Pattern, Sinks, Window
 from attnlab.positions import Rotary
@@ -69,7 +70,7 @@ class SlidingWindow(MultiHead):
             self.pattern = self.pattern | (Sinks(sinks) & Causal() if self.causal else Sinks(sinks))
 
     def where(self, given: Pattern | None, offset: int, queries: int) -> Pattern | None:
-        return (self.pattern if given is None else self.pattern & given).shift(offset)
+        return pattern_for(self.causal, given, offset, own=self.pattern)
 
     def initial_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -1,0 +1,140 @@
+"""Gated attention: its places by hand, and what its gate promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnlab.nn.mechanism import split_heads
+from attnlab.nn.multihead import MultiHead
+from attnlab.nn.softmax.gated import GatedAttention
+
+DIM, HEADS, KV = 24, 4, 2
+
+
+def make(**keywords) -> GatedAttention:
+    torch.manual_seed(0)
+    return GatedAttention(DIM, heads=HEADS, kv_heads=KV, **keywords).double().eval()
+
+
+def baseline(m: GatedAttention) -> MultiHead:
+    plain = MultiHead(DIM, heads=HEADS, kv_heads=KV, causal=m.causal, bias=m.wo.bias is not None).double().eval()
+    plain.load_state_dict({n: p for n, p in m.state_dict().items() if n.split(".")[0] in ("wqkv", "wo")})
+    return plain
+
+
+def tokens(n: int = 7) -> Tensor:
+    return torch.randn(2, n, DIM, dtype=torch.float64)
+
+
+def by_hand(m: GatedAttention, x: Tensor, context: Tensor, gate: str, at: str) -> Tensor:
+    """The five places of the paper's figure, written out once more."""
+    d = m.head_dim
+    wq, wk, wv = m.wqkv.weight.split([HEADS * d, KV * d, KV * d])
+    q, k, v = x @ wq.T, context @ wk.T, context @ wv.T
+
+    def gated(y: Tensor, source: Tensor) -> Tensor:
+        scores = torch.sigmoid(source @ m.wg.weight.T)
+        # A score per head stands for all of the head's channels.
+        return y * (scores if gate == "element" else scores.repeat_interleave(d, -1))
+
+    q = gated(q, x) if at == "queries" else q
+    k = gated(k, context) if at == "keys" else k
+    v = gated(v, context) if at == "values" else v
+    out = []
+    for h in range(HEADS):
+        mine, theirs = slice(h * d, (h + 1) * d), slice(h // (HEADS // KV) * d, (h // (HEADS // KV) + 1) * d)
+        scores = torch.einsum("bic,bjc->bij", q[..., mine], k[..., theirs]) / d**0.5
+        out.append(scores.softmax(-1) @ v[..., theirs])
+    y = torch.cat(out, -1)
+    y = (gated(y, x) if at == "heads" else y) @ m.wo.weight.T
+    return gated(y, x) if at == "output" else y
+
+
+@pytest.mark.parametrize(
+    ("gate", "at"),
+    [p for p in itertools.product(("head", "element"), ("heads", "values", "keys", "queries", "output"))
+     if p != ("head", "output")],
+)  # fmt: skip
+def test_equals_the_definition_at_each_place(gate: str, at: str) -> None:
+    m, x, context = make(gate=gate, at=at), tokens(), tokens(5)
+    torch.testing.assert_close(m(x), by_hand(m, x, x, gate, at))
+    torch.testing.assert_close(m(x, context), by_hand(m, x, context, gate, at))
+
+
+@pytest.mark.parametrize("gate", ["head", "element"])
+def test_an_open_gate_is_no_gate_and_zero_scores_halve_the_heads(gate: str) -> None:
+    m, x = make(gate=gate, bias=True, causal=True), tokens()
+    plain = baseline(m)
+    nn.init.zeros_(m.wg.weight)
+    nn.init.constant_(m.wg.bias, 1e3)
+    torch.testing.assert_close(m(x), plain(x))
+    nn.init.zeros_(m.wg.bias)
+    torch.testing.assert_close(m(x) - m.wo.bias, 0.5 * (plain(x) - plain.wo.bias))
+
+
+def test_a_head_can_say_nothing() -> None:
+    m, x = make(bias=True), tokens()
+    nn.init.zeros_(m.wg.weight)
+    nn.init.constant_(m.wg.bias, -1e3)
+    torch.testing.assert_close(m(x), m.wo.bias.expand(2, 7, DIM))
+
+
+def test_without_a_gate_it_is_the_baseline() -> None:
+    m, x = make(gate=None), tokens()
+    assert torch.equal(m(x), baseline(m)(x))
+    assert m.wg is None and m.scores is None
+
+
+def test_shared_constant_and_additive_gates() -> None:
+    x = tokens()
+    shared = make(shared=True)
+    assert shared.wg.weight.shape == (1, DIM)
+    one = shared.wg(x).sigmoid()
+    q, k, v = shared.project(x)
+    torch.testing.assert_close(shared(x), (one * baseline(shared)(x)))
+    constant = make(content=False, gate="element")
+    assert constant.wg is None
+    torch.testing.assert_close(constant(x), 0.5 * baseline(constant)(x))
+    added = make(combine="add", activation="silu", gate="element")
+    scores = split_heads(nn.functional.silu(added.wg(x)), HEADS)
+    q, k, v = added.project(x)
+    torch.testing.assert_close(added(x), added.merge(added.mix(q, k, v, x=x) + scores))
+
+
+@pytest.mark.parametrize("at", ["heads", "values", "keys", "queries", "output"])
+def test_pieces_give_what_the_whole_gives_at_each_place(at: str) -> None:
+    m, x = make(gate="element", at=at, causal=True), tokens(9)
+    state, out = m.initial_state(2), []
+    with torch.no_grad():
+        for piece in x.split([4, 1, 1, 3], 1):
+            y, state = m(piece, state=state)
+            out.append(y)
+        torch.testing.assert_close(torch.cat(out, 1), m(x))
+
+
+def test_the_gate_costs_what_the_paper_says() -> None:
+    def count(m: nn.Module) -> int:
+        return sum(p.numel() for p in m.parameters())
+
+    plain = count(make(gate=None))
+    assert count(make(gate="head")) - plain == DIM * HEADS
+    assert count(make(gate="element")) - plain == DIM * HEADS * make().head_dim
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (dict(gate="row"), "gate must be one of head, element, None"),
+        (dict(at="G1"), "at must be one of"),
+        (dict(combine="divide"), "combine must be one of"),
+        (dict(activation="relu"), "activation must be one of"),
+        (dict(at="output"), "gate must be 'element' at 'output'"),
+    ],
+)
+def test_errors_name_what_is_wrong(keywords: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**keywords)
