@@ -40,7 +40,9 @@ class Softmax(Weighting):
         if self.off:
             top = top.clamp_min(0.0)
         weights = (scores - top).exp()
-        total = weights.sum(-1, keepdim=True) + self.off * (-top).exp()
+        total = weights.sum(-1, keepdim=True)
+        if self.off:
+            total = total + self.off * (-top).exp()
         return weights / total.masked_fill(total == 0, 1.0)
 
 
