@@ -78,7 +78,8 @@ def mixer(mechanism: str, width: int, layout: str) -> nn.Module:
     options = dict(card.sample)
     if card.kind is cards.Kind.FEATURES:
         return OnMap(cards.build(mechanism, width, **options))
-    if "causal" in inspect.signature(cards.target(mechanism)).parameters:
+    parameters = inspect.signature(cards.target(mechanism)).parameters
+    if "causal" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         options["causal"] = layout == CAUSAL
     return cards.build(mechanism, width, **options)
 

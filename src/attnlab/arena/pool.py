@@ -108,6 +108,7 @@ def _died(job: Job, code: int | None) -> dict:
         "mechanism": job.mechanism,
         "seed": job.seed,
         "layout": job.layout,
+        "points": [],
         "status": "failed",
         "reason": reason,
     }

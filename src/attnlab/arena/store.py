@@ -15,7 +15,7 @@ _APPLICATION = 0x6174746E  # "attn" in SQLite's header: this file is ours
 _TABLES = """
 create table study (
     id integer primary key, started text not null, command text not null, settings text not null,
-    versions text not null, plan text not null, left_out text not null, trivial text not null);
+    versions text not null, plan text not null, left_out text not null, about text not null);
 create table result (
     key text primary key, kind text not null, status text not null, task text, mechanism text not null, seed integer,
     finished text not null, record text not null);
@@ -37,7 +37,7 @@ class Study:
     versions: dict
     plan: list[str]
     left_out: list[list[str]]  # task, mechanism, reason
-    trivial: dict[str, list]  # task → name and value
+    about: dict[str, dict]  # task → title, metric, better, layout, trivial (name and value)
 
 
 class Store:
@@ -126,7 +126,7 @@ class Store:
                 return known[0]
             return self.connection.execute(
                 "insert into study values (null, ?, ?, ?, ?, ?, ?, ?)",
-                (study.started, *values, json.dumps(study.left_out), json.dumps(study.trivial)),
+                (study.started, *values, json.dumps(study.left_out), json.dumps(study.about)),
             ).lastrowid  # type: ignore[return-value]
 
     def study(self, number: int | None = None) -> Study:

@@ -8,7 +8,7 @@ import platform
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,19 +23,19 @@ from attnlab.arena.pool import Event, perform
 from attnlab.arena.store import Store, Study
 from attnlab.arena.task import Task, find_task, tasks
 
-MECHANISMS = ("multihead", "gated", "window", "linear", "kda", "neighborhood", "agent", "focal")
+MECHANISMS = ("multihead", "gated", "sliding_window", "power", "linear", "kda", "neighborhood", "agent", "focal")
 _PACKAGES = ("torch", "numpy", "scikit-image", "statsmodels")
 _FINAL = ("done", "diverged")  # a failed or refused job is tried again by the same command
 
 
 @dataclass
 class Plan:
-    """What will be done, what takes no part and why, and the metric that needs no learning."""
+    """What will be done, what takes no part and why, and what the tasks are about."""
 
     trials: list[Job]
     sweeps: list[Job]
     left_out: list[list[str]]  # task, mechanism, reason
-    trivial: dict[str, list]
+    about: dict[str, dict]  # task → title, metric, better, layout, trivial
     settings: dict
     load: list[str] = field(default_factory=list)
 
@@ -85,9 +85,20 @@ def plan(
         "data": None if data is None else str(data),
         "device": device,
     }
-    return Plan(
-        trials, sweeps, left_out, {t.name: list(t.trivial()) for t in chosen}, settings, [str(Path(p)) for p in load]
-    )
+    about = {task.name: _about(task) for task in chosen}
+    return Plan(trials, sweeps, left_out, about, settings, [str(Path(path)) for path in load])
+
+
+def _about(task: Task) -> dict:
+    """What a reader of the results needs to know of a task, also where the task itself is not at hand."""
+    return {
+        "title": task.title,
+        "metric": task.metric,
+        "better": task.better,
+        "layout": task.layout,
+        "trivial": list(task.trivial()),
+        **asdict(task.budget),
+    }
 
 
 def _tasks(names: Sequence[str], budget: str, data: Path | str | None, left_out: list[list[str]]) -> list[Task]:
@@ -146,7 +157,7 @@ def run(
         versions(plan.settings["device"]),
         [job.key for job in plan.jobs],
         plan.left_out,
-        plan.trivial,
+        plan.about,
     )
     number = store.begin(study)
     on_gpu = torch.device(plan.settings["device"]).type == "cuda"

@@ -1,0 +1,132 @@
+"""A study in the terminal: a table per task, one of costs, and the answer to which one to use."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from attnlab.arena.memory import as_text
+from attnlab.arena.summary import Row, Summary, number, sign
+
+
+def show(summary: Summary, console: Console) -> None:
+    for task in summary.rows:
+        console.print(task_table(summary, task))
+    if summary.sweeps:
+        console.print(cost_table(summary))
+    if summary.study.left_out:
+        console.print(left_out(summary))
+    console.print(answer_table(summary))
+    for task, answer in summary.answers.items():
+        console.print(f"  [bold]{task}[/]: use [bold green]{escape(answer.sentence)}", highlight=False)
+
+
+def task_table(summary: Summary, task: str) -> Table:
+    about, answer = summary.study.about[task], summary.answers[task]
+    better = "↓" if about["better"] == "lower" else "↑"
+    table = Table(
+        title=f"[bold]{task}[/]: {about['title']}",
+        title_justify="left",
+        header_style="dim",
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("mechanism")
+    for name in (f"{about['metric']} {better}", "parameters", "width", "FLOPs/token", "tokens/s"):
+        table.add_column(name, justify="right")
+    for row in summary.rows[task]:
+        table.add_row(
+            _name(row.mechanism, answer.tied),
+            score(row) if row.mean is not None else f"[red]{row.trials[0]['status']}",
+            number(row.first("parameters"), 9),
+            f"{row.first('width') or '–'}/{row.first('hidden') or '–'}",
+            number(row.first("flops_per_token")),
+            number(row.median("tokens_per_second")),
+        )
+        if row.trouble:
+            table.add_row(f"  [red]{escape(row.trouble)}")
+    name, value = about["trivial"]
+    table.add_row(f"[dim]{name}", f"[dim]{number(value)}")
+    return table
+
+
+def cost_table(summary: Summary) -> Table:
+    """Inference of the mechanism alone over lengths."""
+    lengths = sorted({point["length"] for sweep in summary.sweeps for point in sweep["points"]})
+    table = Table(
+        title=f"[bold]cost[/]: one call of one mechanism alone, batch 1, width {summary.sweeps[0].get('width', '–')}",
+        title_justify="left",
+        header_style="dim",
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("mechanism")
+    table.add_column("as")
+    for name in (*(f"N={length:,}" for length in lengths), "memory", "time ~ N^", "FLOPs ~ N^", "decode step"):
+        table.add_column(name, justify="right")
+    for sweep in summary.sweeps:
+        points = {point["length"]: point for point in sweep["points"]}
+        peaks = [point["memory"] for point in sweep["points"] if point["memory"]]
+        table.add_row(
+            sweep["mechanism"],
+            sweep["layout"],
+            *(milliseconds(points.get(length, {}).get("seconds")) for length in lengths),
+            as_text(peaks[-1]) if peaks else "–",
+            number(sweep.get("growth")),
+            number(sweep.get("flops_growth")),
+            milliseconds(list(sweep["decode"].values())[-1]) if sweep.get("decode") else "–",
+        )
+        if sweep["status"] != "done":
+            table.add_row(f"  [red]{escape(sweep['reason'])}")
+    return table
+
+
+def left_out(summary: Summary) -> Table:
+    table = Table(
+        title="[bold]not in it[/], and why", title_justify="left", header_style="dim", show_edge=False, pad_edge=False
+    )
+    table.add_column("mechanism")
+    table.add_column("task")
+    table.add_column("reason")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for task, mechanism, reason in summary.study.left_out:
+        reasons.setdefault((mechanism, reason), []).append(task)
+    for (mechanism, reason), tasks in reasons.items():
+        table.add_row(mechanism, ", ".join(tasks), escape(reason))
+    return table
+
+
+def answer_table(summary: Summary) -> Table:
+    """Mechanisms by tasks; the best and those as good within the spread stand out."""
+    table = Table(title="[bold]Which one should I use here?", title_justify="left", header_style="bold", show_edge=True)
+    table.add_column("mechanism")
+    for task in summary.rows:
+        about = summary.study.about[task]
+        table.add_column(f"{task}\n[dim]{about['metric']} {'↓' if sign(about) > 0 else '↑'}", justify="right")
+    answers = summary.answers
+    for mechanism in summary.mechanisms:
+        cells = []
+        for task in summary.rows:
+            row = summary.row(task, mechanism)
+            text = "·" if row is None else score(row) if row.mean is not None else f"[red]{row.trials[0]['status']}"
+            strong = row is not None and mechanism in answers[task].tied
+            chosen = mechanism == answers[task].use
+            cells.append(f"[bold green]{text} ◀" if chosen else f"[green]{text}" if strong else text)
+        table.add_row(mechanism, *cells)
+    table.add_section()
+    table.add_row("[dim]without learning", *(f"[dim]{number(a['trivial'][1])}" for a in summary.study.about.values()))
+    return table
+
+
+def score(row: Row) -> str:
+    spread = "" if row.spread is None else f" ±{number(row.spread, 1)}"
+    return f"{number(row.mean)}{spread}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{number(1000 * seconds)} ms"
+
+
+def _name(mechanism: str, tied: list[str]) -> str:
+    return f"[green]{mechanism}" if mechanism in tied else mechanism

@@ -1,0 +1,301 @@
+"""The command line: `attnlab list | show | compare | report | explain`. A command imports what it needs as it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from attnlab.cards import Card
+    from attnlab.patterns import Pattern
+
+app = typer.Typer(
+    help="A laboratory for attention: what there is, how it works, and which one to use.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+RESULTS = "results.sqlite"
+_INTERRUPTED = 130
+
+Names = Annotated[list[str] | None, typer.Option(help="Comma-separated, or given several times.")]
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is said in a sentence and ends with code 2."""
+    from attnlab.arena.store import StoreError
+
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, StoreError) as error:
+        if isinstance(error, BrokenPipeError):  # `attnlab list | head`
+            sys.exit(0)
+        print(f"attnlab: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command("list")
+def list_(
+    family: Annotated[str | None, typer.Option(help="Such as softmax, sparse, linear.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Such as tokens, features, backbone, lm.")] = None,
+    capability: Annotated[
+        list[str] | None, typer.Option(help="Such as causal-self or streaming; several: all.")
+    ] = None,
+    cost: Annotated[str | None, typer.Option(help="linear, subquadratic, quadratic, or as on the card: 'N²'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What there is: every mechanism, network and recipe, filtered."""
+    from attnlab import cards
+
+    _one_of("family", family, {e.card.family for e in cards.entries()})
+    _one_of("kind", kind, {k.value for k in cards.Kind})
+    for name in capability or ():
+        _one_of("capability", name, set(cards.Capability(-1).names()))
+    found = [
+        entry.card
+        for entry in cards.entries()
+        if (family is None or entry.card.family == family)
+        and (kind is None or entry.card.kind.value == kind)
+        and set(capability or ()) <= set(entry.card.capabilities.names())
+        and (cost is None or _costs(entry.card, cost))
+    ]
+    if as_json:
+        print(json.dumps([_as_data(card) for card in found], indent=1, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False, header_style="dim")
+    for column in ("name", "family", "kind", "cost", "capabilities", "paper"):
+        table.add_column(column, overflow="fold")
+    for card in found:
+        capabilities = ", ".join(card.capabilities.names())
+        table.add_row(f"[bold]{card.name}", card.family, card.kind.value, card.cost, capabilities, card.paper)
+    _console().print(table)
+    print(f"{len(found)} of {len(cards.entries())}; attnlab show NAME says more")
+
+
+@app.command()
+def show(name: str) -> None:
+    """What it is: equation, shapes, cost, paper, named sizes, and who sees whom, drawn."""
+    import inspect
+
+    from rich.text import Text
+
+    from attnlab import cards
+
+    card, target, console = cards.describe(name), cards.target(name), _console()
+    console.print(f"[bold]{card.name}[/]  {card.title}", highlight=False)
+    paper = f"https://arxiv.org/abs/{card.paper}" if card.paper[:4].isdigit() else card.paper
+    facts = {
+        "paper": paper,
+        "family": f"{card.family}, {card.kind.value}",
+        "cost": card.cost + (f" (FLOPs grow as N^{card.growth:g})" if card.growth is not None else ""),
+        "can": ", ".join(card.capabilities.names()),
+        "built as": f"{target.__module__}.{target.__name__}",
+        "not compiled": card.compiles,
+        "not exported": card.exports,
+    }
+    for fact, text in facts.items():
+        if text:
+            console.print(Text.assemble((f"{fact:>13}  ", "dim"), text))
+    console.print(Text("\n" + (inspect.getdoc(target) or "") + "\n"))
+    if card.sizes:
+        for size, about in card.sizes.items():
+            console.print(Text(f"  {size}  {about.params:,} parameters"))
+        return
+    if card.kind in (cards.Kind.TOKENS, cards.Kind.FEATURES):
+        from attnlab.arena import influence
+
+        layout = influence.layout_of(card)
+        where = "causal, 64 tokens" if layout == "causal" else "a grid of 8 × 8 tokens, row by row"
+        console.print(f"who sees whom ({where}; queries down, keys across; darker for more):", highlight=False)
+        console.print(Text(influence.as_text(influence.influence(name, layout))))
+
+
+@app.command()
+def compare(
+    tasks: Names = None,
+    mechanisms: Names = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trials per task and mechanism.")] = 3,
+    budget: Annotated[str, typer.Option(help="small (minutes on a laptop) or medium (hours, or a GPU).")] = "small",
+    out: Annotated[Path, typer.Option(help="Folder of the results file and the report.")] = Path("runs"),
+    data: Annotated[Path | None, typer.Option(help="Your own: a text file, or a folder of images.")] = None,
+    load: Annotated[list[Path] | None, typer.Option(help="A Python file that registers tasks or mechanisms.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; the GPU if there is one.")] = "",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trials side by side; one per core, or one on a GPU.")
+    ] = None,
+) -> None:
+    """Which one to use: trains all in the same network on the same data, measures, and writes a report.
+
+    The same command goes on where it was stopped. Results are in OUT/results.sqlite, the report in OUT/report.
+    """
+    from attnlab.arena import report as pages
+    from attnlab.arena import study, tables
+    from attnlab.arena.live import Live
+    from attnlab.arena.store import Store
+    from attnlab.arena.summary import summarise
+
+    console = _console()
+    with Store(out / RESULTS) as store:
+        plan = study.plan(
+            _split(tasks), _split(mechanisms), seeds=seeds, budget=budget, data=data, device=device, load=load or ()
+        )
+        ahead = study.missing(plan.jobs, store)
+        already = f", {len(plan.jobs) - len(ahead)} of them done before" if len(ahead) < len(plan.jobs) else ""
+        count = f"{len(plan.trials)} trials and {len(plan.sweeps)} cost sweeps{already}"
+        console.print(f"{count}; results in {store.path}. Ctrl-C stops, the same command goes on.", highlight=False)
+        try:
+            with Live(ahead, workers or study.cores(), console) as live:
+                done = study.run(plan, store, command=study.command_line(), workers=workers, watch=live)
+        except KeyboardInterrupt:
+            left = len(study.missing(plan.jobs, store))
+            console.print(
+                f"Stopped. {len(plan.jobs) - left} of {len(plan.jobs)} jobs are kept; the same command goes on."
+            )
+            raise typer.Exit(_INTERRUPTED) from None
+        summary = summarise(store, done.id)
+        tables.show(summary, console)
+        folder = out / "report"
+        page = pages.write(summary, folder, force=pages.is_ours(folder))
+        console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    out: Annotated[
+        Path, typer.Argument(help="Where the results are: the folder given to compare, or the file.")
+    ] = Path("runs"),
+    to: Annotated[Path | None, typer.Option(help="Folder to write; OUT/report if not given.")] = None,
+    study: Annotated[int | None, typer.Option(help="Number of the study; the last if not given.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a report that is there.")] = False,
+) -> None:
+    """Write the report again: one HTML page that opens offline, with CSV and JSON beside it."""
+    from attnlab.arena import report as pages
+    from attnlab.arena.store import Store
+    from attnlab.arena.summary import summarise
+
+    results = out / RESULTS if out.is_dir() or not out.exists() else out
+    with Store(results, must_exist=True) as store:
+        page = pages.write(summarise(store, study), to or results.parent / "report", force=force)
+    print(page)
+
+
+@app.command()
+def explain(
+    pattern: Annotated[
+        str, typer.Argument(help="Such as 'Causal()' or 'Window(256) | Sinks(4) & Causal()'.")
+    ] = "Full()",
+    length: Annotated[int, typer.Option(min=1, help="Queries.")] = 4096,
+    keys: Annotated[int | None, typer.Option(min=1, help="Keys; as many as queries if not given.")] = None,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Key and value heads; as many as heads if not given.")
+    ] = None,
+    head_dim: Annotated[int, typer.Option(min=1)] = 64,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: Annotated[str, typer.Option(help="float64, float32, float16 or bfloat16.")] = "float32",
+    weighting: Annotated[str | None, typer.Option(help="softmax, sigmoid, relu, ….")] = None,
+    train: Annotated[bool, typer.Option("--train", help="With gradients.")] = False,
+    device: str = "cpu",
+) -> None:
+    """Which backend `attend` would use and why: supported or not, predicted FLOPs, bytes and time."""
+    import torch
+
+    from attnlab import explain as ask
+
+    _one_of("dtype", dtype, {"float64", "float32", "float16", "bfloat16"})
+    kind = getattr(torch, dtype)
+    nk = keys or length
+
+    def tensor(h: int, n: int) -> torch.Tensor:
+        return torch.zeros(batch, h, n, head_dim, dtype=kind, device=device, requires_grad=train)
+
+    q, k, v = tensor(heads, length), tensor(kv_heads or heads, nk), tensor(kv_heads or heads, nk)
+    _console().print(ask(q, k, v, pattern=parse_pattern(pattern), weighting=weighting))
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern that an expression names: patterns with literal arguments, joined by & | ~ and brackets."""
+    import ast
+
+    from attnlab import patterns
+
+    known = {name: cls for name in dir(patterns) if isinstance(cls := getattr(patterns, name), type)}
+    known = {name: cls for name, cls in known.items() if issubclass(cls, patterns.Pattern)}
+
+    def value(node: ast.expr) -> Pattern:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            _one_of("pattern", node.func.id, set(known))
+            arguments = [ast.literal_eval(argument) for argument in node.args]
+            return known[node.func.id](*arguments, **{k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg})
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
+            return value(node.left) & value(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            return value(node.left) | value(node.right)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+            return ~value(node.operand)
+        raise ValueError(f"pattern: {ast.unparse(node)!r} is not a pattern such as Window(256) or Sinks(4) & Causal()")
+
+    try:
+        return value(ast.parse(text, mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"pattern: {text!r} cannot be read ({error.msg}); such as 'Window(256) | Sinks(4)'") from None
+
+
+def _console():
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width: tables are not to be folded into 80 columns
+        console.width = 160
+    return console
+
+
+def _split(names: list[str] | None) -> list[str]:
+    return [name.strip() for given in names or () for name in given.split(",") if name.strip()]
+
+
+def _one_of(argument: str, name: str | None, known: set[str]) -> None:
+    import difflib
+
+    if name is None or name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    raise ValueError(f"{argument}: {name!r} is unknown; {hint}")
+
+
+def _costs(card: Card, cost: str) -> bool:
+    """Whether a card's cost is what was asked for: a word for its growth, or the card's own formula."""
+    growth = card.growth
+    words = {
+        "linear": growth is not None and growth <= 1.15,
+        "subquadratic": growth is not None and growth < 1.9,
+        "quadratic": growth is not None and growth >= 1.9,
+    }
+    return words.get(cost, cost.replace(" ", "").lower() == card.cost.replace(" ", "").lower())
+
+
+def _as_data(card: Card) -> dict:
+    return {
+        "name": card.name,
+        "title": card.title,
+        "paper": card.paper,
+        "system": card.system,
+        "family": card.family,
+        "kind": card.kind.value,
+        "capabilities": card.capabilities.names(),
+        "cost": card.cost,
+        "growth": card.growth,
+        "sizes": {name: size.params for name, size in card.sizes.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
