@@ -18,6 +18,9 @@ from attnlab.weightings import Softmax
 
 __all__ = ["Group", "Lists", "Tiles", "Tiling", "tile_attention", "tiling"]
 
+# Pairs up to which a choice from the content, which will not come again, is worth a plan.
+_PLANNED_ONCE = 2**22
+
 
 class Tiles:
     """Every pattern on the CPU, forward and backward, in memory that grows with the tokens and not with their pairs.
@@ -31,6 +34,8 @@ class Tiles:
     def unsupported(self, problem: Problem) -> str:
         if problem.traced:
             return "a graph tracer cannot follow the plan of the tiles"
+        if problem.routed and problem.nq * problem.nk > _PLANNED_ONCE:
+            return "a plan for one call alone would take longer than the call"
         if problem.device.type != "cpu" and problem.is_full:
             return "full attention off the CPU (dense is made for it)"
         return ""
