@@ -66,8 +66,8 @@ def drop_path_rates(rate: float, blocks: int) -> list[float]:
 class Downsample(nn.Sequential):
     """A strided convolution and a norm: `(B, C, H, W)` to `(B, out, H/stride, W/stride)`.
 
-    As a stem: patches (`stride=4`), or overlapping ones (`stride=4, kernel=7, padding=2`). Default
-    kernel: the stride.
+    As a stem: patches (`stride=4`), or overlapping ones (`stride=4, kernel=7, padding=2`). Without `kernel`, a patch is
+    as large as the stride.
     """
 
     def __init__(

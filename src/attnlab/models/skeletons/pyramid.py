@@ -85,7 +85,7 @@ class Block(nn.Module):
         if self.layout == "NHWC":
             return self.mixer(x)
         if self.layout == "tokens":
-            return self.mixer(x.flatten(1, 2), grid=(x.shape[1], x.shape[2])).view(x.shape)
+            return self.mixer(x.flatten(1, 2), grid=(x.shape[1], x.shape[2])).reshape(x.shape)
         return self.mixer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
