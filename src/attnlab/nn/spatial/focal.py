@@ -34,7 +34,8 @@ class FocalModulation(nn.Module):
 
     `(B, C, *spatial)` to the same, any size. A gate is one number per place and level, raw: no activation bounds it.
     `levels=0` leaves gated global average modulation. Cost: O(N·C·(4C + Σ kₗ²)) for N places in 2-D.
-    Fastest on channels-last memory, in which linear layers and convolutions meet without a transpose. Source: arXiv 2203.11926.
+    Fastest on channels-last memory, in which linear layers and convolutions meet without a transpose.
+    Source: arXiv 2203.11926.
 
     Args:
         window: kernel of the first level, odd; factor: growth of the kernel per level, even.
