@@ -93,8 +93,8 @@ class NAT(Pyramid):
     """An image backbone whose tokens attend to the 7×7 tokens around them: linear in pixels, any image size.
 
     Images `(B, in_channels, H, W)` to logits `(B, num_classes)`; `forward_features` gives the map of each stage. Stem
-    and downsampling are 3×3 convolutions of stride 2. A map smaller than a window is padded with zeros, as by the authors.
-    Source: arXiv 2204.07143 (NAT), 2209.15001 (DiNAT).
+    and downsampling are 3×3 convolutions of stride 2. A map smaller than a window is padded with zeros (so do the
+    authors). Source: arXiv 2204.07143 (NAT), 2209.15001 (DiNAT).
 
     Args:
         dim, heads: width and heads of the first stage, doubled at each later one (or `heads` for each).
@@ -187,8 +187,8 @@ class NAT(Pyramid):
 class DiNAT(NAT):
     """NAT in which every second layer is dilated as far as the map allows, so that the view grows exponentially.
 
-    Images `(B, in_channels, H, W)` to logits `(B, num_classes)`. Each stage's `dilations` repeat to its depth; the sizes
-    named `dinat_s_…` have Swin's plain layout. Source: arXiv 2209.15001.
+    Images `(B, in_channels, H, W)` to logits `(B, num_classes)`. Each stage's `dilations` repeat to its depth; the
+    sizes named `dinat_s_…` have Swin's plain layout. Source: arXiv 2209.15001.
     """
 
     def __init__(self, *, dilations: Sequence[Sequence[int]] | None = AT_224, **keywords: Any) -> None:
