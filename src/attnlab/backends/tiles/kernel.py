@@ -7,14 +7,16 @@ the backward recomputes the rest. Working memory is one step of tiles (`tiling.S
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnlab.backends.tiles.masks import additive_mask
 from attnlab.backends.tiles.tiling import Group, Tiling
-from attnlab.backends.tiles.tokens import Sums, Tokens
+from attnlab.backends.tiles.tokens import Keys, Queries, Sums, by_head, by_token
 from attnlab.problem import Bias
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -51,161 +53,122 @@ def tile_attention(
 class _TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Bias | None) -> Any:
-        out, lse = _run(q, k, v, tiling, scale, bias)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tiling, ctx.scale, ctx.bias = tiling, scale, bias
+        call = _Call(q, k, v, tiling, scale, bias)
+        arranged = call.arrange(q)
+        out, lse = call.forward(arranged, k, v)
+        ctx.save_for_backward(arranged, k, v, out, lse)
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        return out, lse
+        return call.restore(out)[..., : call.value_dim], call.restore(lse)[..., 0]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
+        call = ctx.call
         if grad_out is None and grad_lse is None:
             return (None,) * 6
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = _run_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.tiling, ctx.scale, ctx.bias)
-        return (*grads, None, None, None)
+        q, k, v, out, lse = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad_out is None else call.arrange(grad_out)
+        if grad_lse is not None:
+            grad_lse = call.arrange(grad_lse.unsqueeze(-1), 1)
+        return (*call.backward(grad, grad_lse, q, k, v, out, lse), None, None, None)
 
 
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Bias | None
-) -> tuple[Tensor, Tensor]:
-    value_dim = v.shape[-1]
-    q, k, v = _same_width(q, k, v)
-    repeat = q.shape[1] // k.shape[1]
-    source, keys, values = Tokens(q, repeat), Tokens(k), Tokens(v)
-    out = Sums(source, v.shape[-1], q.dtype, zero=not tiling.covers)
-    lse = Sums(source, 1, _wide(q.dtype), zero=not tiling.covers)
-    if not tiling.covers:
-        lse.fill(-math.inf)
-    for group in tiling.groups:
-        for batch, tiles in group.steps(len(q), _tile_bytes(group, keys, repeat)):
-            where = (batch, tiles)
-            mask = _mask(group, *where, repeat, keys.heads, q.dtype, bias)
+class _Call:
+    """One call of the kernel: everything but the values. Inside, queries are in the tiling's order."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Bias | None) -> None:
+        self.tiling, self.scale, self.bias = tiling, scale, bias
+        self.batch, self.kv_heads, self.repeat, self.dtype = len(k), k.shape[1], q.shape[1] // k.shape[1], q.dtype
+        self.dim, self.value_dim = q.shape[-1], v.shape[-1]
+        # The fused kernel wants one head dimension for all.
+        self.width = max(self.dim, self.value_dim)
+
+    def arrange(self, x: Tensor, width: int | None = None) -> Tensor:
+        """`x (B, H, Nq, D)` as `(B, Nq, r, Hkv, width)` in the tiling's order."""
+        x = by_token(_widen(x, self.width if width is None else width), self.repeat)
+        return x if self.tiling.order is None else x.index_select(1, self.tiling.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Undo `arrange`, except for the width."""
+        return by_head(x if self.tiling.inverse is None else x.index_select(1, self.tiling.inverse))
+
+    def steps(self, keys: Keys, copies: int) -> Iterator[tuple[Group, tuple[int, slice, slice], Tensor | None]]:
+        """Group, place of some of its tiles, and the rows of their keys."""
+        for group, first in zip(self.tiling.groups, self.tiling.firsts, strict=True):
+            for batch, tiles in group.steps(self.batch, self._bytes(group, copies)):
+                yield group, (first, batch, tiles), keys.rows(group.keys, batch, tiles)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out `(B, Nq, r, Hkv, width)` and lse `(B, Nq, r, Hkv, 1)` from arranged queries."""
+        queries, keys, values = Queries(q), Keys(_widen(k, self.width)), Keys(_widen(v, self.width))
+        out = Queries(torch.empty(q.shape, dtype=q.dtype, device=q.device))
+        lse = Queries(torch.empty((*q.shape[:-1], 1), dtype=_wide(q.dtype), device=q.device))
+        out.x[:, self.tiling.listed :] = 0.0
+        lse.x[:, self.tiling.listed :] = -math.inf
+        for group, place, rows in self.steps(keys, 1):
+            mask = self._mask(group, *place[1:])
             part, part_lse = _forward(
-                source.take(group.queries, *where),
-                keys.take(group.keys, *where),
-                values.take(group.keys, *where),
-                0.0, False, attn_mask=mask, scale=scale,
+                queries.take(group, *place), keys.take(group.keys, *place[1:], rows),
+                values.take(group.keys, *place[1:], rows), 0.0, False, attn_mask=mask, scale=self.scale,
             )  # fmt: skip
-            part_lse = _mark_dead(part_lse, group, mask, bias)
-            out.put(group.queries, *where, part)
-            lse.put(group.queries, *where, part_lse.unsqueeze(-1))
-    return out.total()[..., :value_dim], lse.total()[..., 0]
+            if mask is not None and (group.dead or self.bias is not None):
+                # The fused kernel gives a query without keys zeros, but some finite lse.
+                part_lse = part_lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
+            out.put(group, *place, part)
+            lse.put(group, *place, part_lse.unsqueeze(-1))
+        return out.x, lse.x
 
-
-def _run_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    tiling: Tiling, scale: float, bias: Bias | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dim, value_dim = q.shape[-1], v.shape[-1]
-    # A query without keys has weight zero everywhere: any finite number does for its log-sum-exp.
-    dead = lse == -math.inf
-    lse = lse.masked_fill(dead, 0.0)
-    if grad_lse is not None:
-        # The scores' gradient is  w ⊙ (grad_out·v − Σ grad_out ⊙ out + grad_lse): the last term comes in as one more
-        # column of the sum, 1 in out and −grad_lse in grad_out (and 0 in v).
-        grad_lse = grad_lse.masked_fill(dead, 0.0)
-        v = F.pad(v, (0, 1))
-        out = F.pad(out, (0, 1), value=1.0)
-        grad_out = torch.cat([grad_out, -grad_lse.unsqueeze(-1).to(grad_out.dtype)], -1)
-    q, k, v, out, grad_out = _same_width(q, k, v, out, grad_out)
-    repeat = q.shape[1] // k.shape[1]
-    source, keys, values = Tokens(q, repeat), Tokens(k), Tokens(v)
-    outs, grads, logs = Tokens(out, repeat), Tokens(grad_out, repeat), Tokens(lse.unsqueeze(-1), repeat)
-    grad_q = Sums(source, q.shape[-1], q.dtype, zero=not tiling.covers)
-    grad_k, grad_v = (Sums(x, q.shape[-1], _wide(q.dtype)) for x in (keys, values))
-    for group in tiling.groups:
-        for batch, tiles in group.steps(len(q), 2 * _tile_bytes(group, keys, repeat)):
-            where = (batch, tiles)
-            mask = _mask(group, *where, repeat, keys.heads, q.dtype, bias)
+    def backward(
+        self, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v from those of the output and the lse; all but k and v arranged."""
+        # A query without keys has weight zero everywhere: any finite number does for its log-sum-exp.
+        dead = lse == -math.inf
+        lse, width = lse.masked_fill(dead, 0.0), self.width
+        if grad_lse is not None:
+            # The scores' gradient is  w ⊙ (grad·v − Σ grad ⊙ out + grad_lse): the last term comes in as one more
+            # column of the sum, 1 in out and −grad_lse in grad (and 0 in v).
+            width += 1
+            out, column = F.pad(out, (0, 1), value=1.0), -grad_lse.masked_fill(dead, 0.0)
+            grad = torch.cat([grad, column.to(grad.dtype)], -1)
+        q = _widen(q, width)
+        queries, outs, grads, logs = (Queries(x) for x in (q, out, grad, lse))
+        keys, values = Keys(_widen(k, width)), Keys(_widen(v, width))
+        grad_q = Queries(torch.empty(q.shape, dtype=q.dtype, device=q.device))
+        grad_q.x[:, self.tiling.listed :] = 0.0
+        grad_k, grad_v = Sums(keys, _wide(q.dtype)), Sums(values, _wide(q.dtype))
+        for group, place, rows in self.steps(keys, 2):
             part_q, part_k, part_v = _backward(
-                grads.take(group.queries, *where),
-                source.take(group.queries, *where),
-                keys.take(group.keys, *where),
-                values.take(group.keys, *where),
-                outs.take(group.queries, *where),
-                logs.take(group.queries, *where).squeeze(-1),
-                0.0, False, attn_mask=mask, scale=scale,
+                grads.take(group, *place), queries.take(group, *place), keys.take(group.keys, *place[1:], rows),
+                values.take(group.keys, *place[1:], rows), outs.take(group, *place),
+                logs.take(group, *place).squeeze(-1), 0.0, False,
+                attn_mask=self._mask(group, *place[1:]), scale=self.scale,
             )  # fmt: skip
-            grad_q.put(group.queries, *where, part_q)
-            grad_k.add(group.keys, *where, part_k)
-            grad_v.add(group.keys, *where, part_v)
-    return (
-        grad_q.total()[..., :dim],
-        grad_k.total()[..., :dim].to(k.dtype),
-        grad_v.total()[..., :value_dim].to(v.dtype),
-    )
+            grad_q.put(group, *place, part_q)
+            grad_k.add(group.keys, *place[1:], rows, part_k)
+            grad_v.add(group.keys, *place[1:], rows, part_v)
+        return (
+            self.restore(grad_q.x)[..., : self.dim],
+            grad_k.total()[..., : self.dim].to(self.dtype),
+            grad_v.total()[..., : self.value_dim].to(self.dtype),
+        )
+
+    def _mask(self, group: Group, batch: slice, tiles: slice) -> Tensor | None:
+        return additive_mask(group, batch, tiles, self.repeat, self.kv_heads, self.dtype, self.bias)
+
+    def _bytes(self, group: Group, copies: int) -> int:
+        """What a step needs of each tile: its queries, keys and values, and its mask if it has one of its own."""
+        rows = group.queries.length * self.repeat
+        needed = 2 * copies * (group.keys.length + rows) * self.kv_heads * self.width
+        if self.bias is not None or (group.seen is not None and group.seen.shape[2] > 1):
+            needed += group.keys.length * rows * (1 if self.bias is None else self.kv_heads)
+        return needed * self.dtype.itemsize
 
 
-def _same_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with their last axis padded to the widest: the fused kernel wants one head dimension."""
-    width = max(x.shape[-1] for x in tensors)
-    return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors)
+def _widen(x: Tensor, width: int) -> Tensor:
+    """`x` with its last axis padded by zeros: the fused kernel wants one head dimension."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _tile_bytes(group: Group, keys: Tokens, repeat: int) -> int:
-    """What one tile needs in a step: its keys and values, its queries, and its mask if it has one of its own."""
-    size = keys.x.element_size()
-    tokens = 2 * group.keys.length + 2 * group.queries.length * repeat
-    needed = tokens * keys.heads * keys.dim * size
-    if group.seen is not None and group.seen.shape[2] > 1:
-        needed += 4 * group.keys.length * group.queries.length * repeat * group.seen.shape[1]
-    return needed
-
-
-def _mask(
-    group: Group, batch: slice, tiles: slice, repeat: int, heads: int, dtype: torch.dtype, bias: Bias | None
-) -> Tensor | None:
-    """What is added to the scores, `(B'·T' or 1, Hkv or 1, bq·r, bk)`: −inf where a key is not seen, and the bias."""
-    seen = group.seen
-    if seen is None:
-        mask = None
-    else:
-        mask = seen if group.additive is None else group.additive
-        mask = mask if mask.shape[0] == 1 else mask[batch]
-        mask = mask if mask.shape[2] == 1 else mask[:, :, tiles]
-        if mask.dtype is torch.bool:
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
-        mask = mask.to(dtype).transpose(1, 2)  # (B', T', Hkv, bq, bk)
-    if bias is not None:
-        # (B', T', Hkv, bq, r, bk)
-        added = _take_bias(group, batch, tiles, repeat, heads, bias).to(dtype)
-        mask = added if mask is None else mask.unsqueeze(-2) + added
-        mask = mask.flatten(-3, -2)
-    elif mask is not None and repeat > 1:
-        mask = mask.unsqueeze(-2).expand(*mask.shape[:-1], repeat, mask.shape[-1]).flatten(-3, -2)
-    if mask is None:
-        return None
-    if mask.shape[:2] == (1, 1):
-        return mask[0]
-    b, t = batch.stop - batch.start, tiles.stop - tiles.start
-    return mask.expand(b, t, *mask.shape[2:]).flatten(0, 1)
-
-
-def _take_bias(group: Group, batch: slice, tiles: slice, repeat: int, heads: int, bias: Bias) -> Tensor:
-    """The bias of the tiles' pairs, `(B', T', Hkv, bq, r, bk)`."""
-    at = group.keys.index.device
-    q = group.queries.tokens(batch, tiles).transpose(1, 2)[..., :, None, None]
-    k = group.keys.tokens(batch, tiles).transpose(1, 2)[..., None, None, :]
-    b = torch.arange(batch.start, batch.stop, device=at).view(-1, 1, 1, 1, 1, 1)
-    h = torch.arange(heads * repeat, device=at).view(heads, 1, repeat, 1)
-    if isinstance(bias, Tensor):
-        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-        zero = torch.zeros((), dtype=torch.long, device=at)
-        added = bias[tuple(i if n > 1 else zero for n, i in zip(bias.shape, (b, h, q, k), strict=True))]
-    else:
-        added = bias(b, h, q, k)
-    added = added.reshape((1,) * (6 - added.dim()) + added.shape)
-    return added.expand(*added.shape[-6:-3], group.queries.length, repeat, group.keys.length)
-
-
-def _mark_dead(lse: Tensor, group: Group, mask: Tensor | None, bias: Bias | None) -> Tensor:
-    """−inf in place of the number that the fused kernel gives a query without keys."""
-    if mask is None or (group.dead is None and bias is None):
-        return lse
-    return lse.masked_fill((mask == -math.inf).all(-1), -math.inf)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,7 +19,7 @@ class Lists:
     """The token numbers of each tile: `index (B or 1, Hkv or 1, T, n)`, in units of `unit` adjacent tokens.
 
     Where the tiles lie evenly in the sequence (tile t holds start + t·step + 0…n−1) `run` says so, and the kernel
-    looks at the tokens in place instead of copying them.
+    looks at the tokens in place instead of copying them. Lists of queries are the same for all: `(1, 1, T, n)`.
     """
 
     index: Tensor
@@ -27,6 +28,11 @@ class Lists:
     @property
     def tiles(self) -> int:
         return self.index.shape[2]
+
+    @property
+    def shared(self) -> bool:
+        """Whether all heads look among the same keys."""
+        return self.index.shape[1] == 1
 
     @property
     def length(self) -> int:
@@ -41,9 +47,11 @@ class Lists:
         index = self.index[0, 0]
         start = int(index[0, 0])
         step = int(index[1, 0]) - start if len(index) > 1 else index.shape[1]
+        if step < 0 or 0 < 16 * step < index.shape[1]:
+            return None
         even = start + step * torch.arange(len(index), device=index.device)[:, None]
         even = even + torch.arange(index.shape[1], device=index.device)
-        return (start, step) if step >= 0 and torch.equal(index, even) else None
+        return (start, step) if torch.equal(index, even) else None
 
     def tokens(self, batch: slice, tiles: slice) -> Tensor:
         """Token numbers `(B or 1, Hkv or 1, T, n·unit)` of some of the tiles."""
@@ -72,12 +80,9 @@ class Group:
         return torch.zeros(self.seen.shape, device=self.seen.device).masked_fill_(~self.seen, -torch.inf)
 
     @cached_property
-    def dead(self) -> Tensor | None:
-        """True where a query sees no key, broadcastable to `(B, Hkv, T, bq)`; None if there is no such query."""
-        if self.seen is None:
-            return None
-        dead = ~self.seen.any(-1)
-        return dead if bool(dead.any()) else None
+    def dead(self) -> bool:
+        """Whether some query sees no key."""
+        return self.seen is not None and not bool(self.seen.any(-1).all())
 
     def steps(self, batch: int, bytes_per_tile: int) -> Iterator[tuple[slice, slice]]:
         """(batch slice, tile slice) pairs that cover the group, each about `STEP_BYTES` of gathered tokens."""
@@ -98,12 +103,33 @@ class Tiling:
 
     nq: int
     nk: int
-    groups: tuple[Group, ...] = field(default_factory=tuple)
+    groups: tuple[Group, ...] = ()
 
     @cached_property
-    def covers(self) -> bool:
-        """Whether every query is in a tile; if not, the output has rows that nobody writes."""
-        return sum(g.queries.tiles * g.queries.length for g in self.groups) == self.nq
+    def order(self) -> Tensor | None:
+        """The queries tile after tile, then those in no tile; None if that is the order they are in."""
+        parts = [g.queries.tokens(slice(0, 1), slice(None)).flatten() for g in self.groups]
+        listed = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+        rest = torch.ones(self.nq, dtype=torch.bool, device=listed.device)
+        rest[listed] = False
+        order = torch.cat([listed, rest.nonzero()[:, 0]])
+        return None if torch.equal(order, torch.arange(self.nq, device=order.device)) else order
+
+    @cached_property
+    def inverse(self) -> Tensor | None:
+        """The place of each query in `order`."""
+        return None if self.order is None else self.order.argsort()
+
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """The place in `order` at which each group begins."""
+        sizes = [g.queries.tiles * g.queries.length for g in self.groups]
+        return tuple(itertools.accumulate(sizes, initial=0))[:-1]
+
+    @cached_property
+    def listed(self) -> int:
+        """How many queries are in some tile; the others come last in `order`."""
+        return sum(g.queries.tiles * g.queries.length for g in self.groups)
 
     @cached_property
     def pairs(self) -> int:

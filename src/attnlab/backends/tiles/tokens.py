@@ -1,4 +1,7 @@
-"""Gather the tokens of tiles, and sum what tiles return to the tokens they came from."""
+"""Gather the tokens of tiles, and sum what tiles return to the tokens they came from.
+
+Inside, tokens are `(B, N, r, Hkv, D)`: r query heads that share a key head become rows of one tile.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,46 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attnlab.backends.tiles.tiling import Lists
+from attnlab.backends.tiles.tiling import Group, Lists
 
 
-def _rows(lists: Lists, batch: slice, tiles: slice, count: int, heads: int) -> Tensor:
-    """Row numbers of the listed units: in (B·units) rows if the heads share their lists, else in (B·H·units)."""
-    index = lists.index if lists.index.shape[0] == 1 else lists.index[batch]
-    index = index[:, :, tiles]
-    units, at = count // lists.unit, index.device
-    first = torch.arange(batch.start, batch.stop, device=at)
-    if index.shape[1] == 1:
-        return (first[:, None, None] * units + index[:, 0]).flatten()
-    head = first[:, None] * heads + torch.arange(heads, device=at)
-    return (head[:, :, None, None] * units + index).transpose(1, 2).flatten()
+def by_token(x: Tensor, repeat: int = 1) -> Tensor:
+    """`x (B, H, N, D)` seen as `(B, N, r, Hkv, D)`."""
+    return x.unflatten(1, (-1, repeat)).permute(0, 3, 2, 1, 4)
 
 
-class Tokens:
-    """`x (B, H, N, D)` as a source of tiles. `repeat` folds that many query heads per key head into the rows."""
+def by_head(x: Tensor) -> Tensor:
+    """`x (B, N, r, Hkv, D)` as `(B, H, N, D)`: undoes `by_token`."""
+    return x.permute(0, 3, 2, 1, 4).flatten(1, 2)
 
-    def __init__(self, x: Tensor, repeat: int = 1) -> None:
-        batch, heads, self.count, self.dim = x.shape
-        self.heads, self.repeat = heads // repeat, repeat
-        # (B, N, r, Hkv, D)
-        self.x = x.view(batch, self.heads, repeat, self.count, self.dim).permute(0, 3, 2, 1, 4)
+
+class Queries:
+    """One value per query, `(B, N, r, Hkv, D)` in the tiling's order: read and written a step of tiles at a time."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def _at(self, group: Group, first: int, batch: slice, tiles: slice) -> Tensor:
+        """The tokens of some tiles in place, `(B', T', n, r, Hkv, D)`."""
+        n = group.queries.length
+        return self.x[batch, first + tiles.start * n : first + tiles.stop * n].unflatten(1, (-1, n))
+
+    def take(self, group: Group, first: int, batch: slice, tiles: slice) -> Tensor:
+        """`(B'·T', Hkv, n·r, D)`, of the group whose queries begin at place `first` of the order."""
+        return self._at(group, first, batch, tiles).flatten(2, 3).flatten(0, 1).transpose(1, 2)
+
+    def put(self, group: Group, first: int, batch: slice, tiles: slice, part: Tensor) -> None:
+        """Write `part (B'·T', Hkv, n·r, D)`."""
+        place = self._at(group, first, batch, tiles)
+        place.copy_(part.transpose(1, 2).reshape(place.shape))
+
+
+class Keys:
+    """`x (B, Hkv, N, D)` as a source of tiles."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.heads, self.count, self.dim = x.shape[1:]
+        self.x = x.transpose(1, 2)  # (B, N, Hkv, D)
 
     @cached_property
     def _by_token(self) -> Tensor:
@@ -37,94 +57,82 @@ class Tokens:
 
     @cached_property
     def _by_head(self) -> Tensor:
-        return self.x.permute(0, 3, 1, 2, 4).contiguous()
+        return self.x.transpose(1, 2).contiguous()
 
-    def take(self, lists: Lists, batch: slice, tiles: slice) -> Tensor:
-        """The listed tokens, `(B'·T', Hkv, n·r, D)`: a view if they lie evenly in memory."""
-        n, r, dim = lists.length, self.repeat, self.dim
-        many = (batch.stop - batch.start, tiles.stop - tiles.start)
+    def take(self, lists: Lists, batch: slice, tiles: slice, rows: Tensor | None) -> Tensor:
+        """The listed tokens, `(B'·T', Hkv, n, D)`: a view if they lie evenly in memory."""
+        n, dim = lists.length, self.dim
+        if rows is None:
+            return windows(self.x, lists, batch, tiles).flatten(0, 1).transpose(1, 2)
+        if lists.shared:
+            x = self._by_token.view(-1, lists.unit, self.heads, dim).index_select(0, rows)
+            return x.view(-1, n, self.heads, dim).transpose(1, 2)
+        x = self._by_head.view(-1, lists.unit, dim).index_select(0, rows)
+        return x.view(-1, self.heads, n, dim)
+
+    def rows(self, lists: Lists, batch: slice, tiles: slice) -> Tensor | None:
+        """Which rows `take` gathers; None where it needs not."""
         if lists.run is not None:
-            start, step = lists.run
-            x = self.x[batch, start + tiles.start * step :]
-            s = x.stride()
-            x = x.as_strided((*many, self.heads, n, r, dim), (s[0], step * s[1], s[3], s[1], s[2], s[4]))
-            return x.flatten(3, 4).flatten(0, 1)
-        rows = _rows(lists, batch, tiles, self.count, self.heads)
-        if lists.index.shape[1] == 1:
-            x = self._by_token.view(-1, lists.unit, r, self.heads, dim).index_select(0, rows)
-            return x.view(-1, n * r, self.heads, dim).transpose(1, 2)
-        x = self._by_head.view(-1, lists.unit, r, dim).index_select(0, rows)
-        return x.view(-1, self.heads, n * r, dim)
+            return None
+        index = (lists.index if len(lists.index) == 1 else lists.index[batch])[:, :, tiles]
+        if lists.shared and batch == slice(0, 1):
+            return index.flatten()
+        units, at = self.count // lists.unit, index.device
+        first = torch.arange(batch.start, batch.stop, device=at)
+        if lists.shared:
+            return (first[:, None, None] * units + index[:, 0]).flatten()
+        head = first[:, None] * self.heads + torch.arange(self.heads, device=at)
+        return (head[:, :, None, None] * units + index).transpose(1, 2).flatten()
 
 
 class Sums:
-    """Where tiles put their results: `(B, H, N, D)`, one row written once (`put`) or each tile's part added (`add`)."""
+    """Sums over tiles for the tokens of `keys`, `(B, Hkv, N, D)`."""
 
-    def __init__(self, like: Tokens, dim: int, dtype: torch.dtype, *, zero: bool = True) -> None:
-        self.shape = (*like.x.shape[:-1], dim)
-        self.dtype, self.device, self.zero = dtype, like.x.device, zero
+    def __init__(self, keys: Keys, dtype: torch.dtype) -> None:
+        self.keys, self.dtype = keys, dtype
 
     @cached_property
     def _by_token(self) -> Tensor:
-        new = torch.zeros if self.zero else torch.empty
-        return new(self.shape, dtype=self.dtype, device=self.device)
+        return torch.zeros(self.keys.x.shape, dtype=self.dtype, device=self.keys.x.device)
 
     @cached_property
     def _by_head(self) -> Tensor:
-        batch, count, repeat, heads, dim = self.shape
-        return torch.zeros((batch, heads, count, repeat, dim), dtype=self.dtype, device=self.device)
+        return torch.zeros(self.keys.x.transpose(1, 2).shape, dtype=self.dtype, device=self.keys.x.device)
 
-    def _window(self, batch: slice, first: int, step: int, tiles: int, n: int) -> Tensor:
-        """The totals of tokens first + t·step + 0…n−1, seen in place as `(B', T, n, r, Hkv, D)`."""
-        x = self._by_token[batch, first:]
-        s = x.stride()
-        return x.as_strided((len(x), tiles, n, *self.shape[2:]), (s[0], step * s[1], *s[1:]))
-
-    def fill(self, value: float) -> None:
-        """What rows that no tile writes shall hold."""
-        self._by_token.fill_(value)
-
-    def put(self, lists: Lists, batch: slice, tiles: slice, part: Tensor) -> None:
-        """Write `part (B'·T', Hkv, n·r, D)`; no two tiles may list the same token."""
-        part = part.transpose(1, 2)
-        if lists.run is not None:
-            start, step = lists.run
-            window = self._window(batch, start + tiles.start * step, step, tiles.stop - tiles.start, lists.length)
-            window.copy_(part.reshape(window.shape))
+    def add(self, lists: Lists, batch: slice, tiles: slice, rows: Tensor | None, part: Tensor) -> None:
+        """Add `part (B'·T', Hkv, n, D)` to the tokens that the tiles list."""
+        if rows is None:
+            self._add_run(lists, batch, tiles, part.transpose(1, 2))
             return
-        rows = _rows(lists, batch, tiles, self.shape[1], self.shape[3])
-        part = part.reshape(len(rows), -1).to(self.dtype)
-        self._by_token.view(-1, part.shape[1]).index_copy_(0, rows, part)
-
-    def add(self, lists: Lists, batch: slice, tiles: slice, part: Tensor) -> None:
-        """Add `part (B'·T', Hkv, n·r, D)` to the tokens that the tiles list."""
-        n, many = lists.length, tiles.stop - tiles.start
-        if lists.run is not None and (lists.run[1] == 0 or n <= 16 * lists.run[1]):
-            start, step = lists.run
-            part = part.transpose(1, 2).reshape(-1, many, n, *self.shape[2:])
-            if step == 0:
-                # All tiles list the same tokens.
-                self._window(batch, start, 0, 1, n).add_(part.sum(1, keepdim=True))
-                return
-            # Tiles overlap, but their first `step` tokens do not, nor the next, and so on.
-            for p in range(0, n, step):
-                piece = part[:, :, p : p + step]
-                self._window(batch, start + tiles.start * step + p, step, many, piece.shape[2]).add_(piece)
-            return
-        rows = _rows(lists, batch, tiles, self.shape[1], self.shape[3])
-        if lists.index.shape[1] == 1:
-            total, part = self._by_token, part.transpose(1, 2)
-        else:
-            total = self._by_head
+        part, total = (part.transpose(1, 2), self._by_token) if lists.shared else (part, self._by_head)
         part = part.reshape(len(rows), -1).to(self.dtype)
         total.view(-1, part.shape[1]).index_add_(0, rows, part)
 
+    def _add_run(self, lists: Lists, batch: slice, tiles: slice, part: Tensor) -> None:
+        part = part.unflatten(0, (batch.stop - batch.start, -1))
+        start, step = lists.run or (0, 0)
+        if step == 0:
+            # All tiles list the same tokens.
+            self._by_token[batch, start : start + lists.length] += part.sum(1)
+            return
+        # Tiles overlap, but their first `step` tokens do not, nor the next, and so on.
+        for p in range(0, lists.length, step):
+            piece = part[:, :, p : p + step]
+            windows(self._by_token, lists, batch, tiles, p, piece.shape[2]).add_(piece)
+
     def total(self) -> Tensor:
-        """The sums, `(B, H, N, D)`."""
+        """The sums, `(B, Hkv, N, D)`."""
         by_head = self.__dict__.get("_by_head")
-        if by_head is not None:
-            by_head = by_head.permute(0, 1, 3, 2, 4)
-            if "_by_token" not in self.__dict__:
-                return by_head.flatten(1, 2)
-        x = self._by_token.permute(0, 3, 2, 1, 4)
-        return (x if by_head is None else x + by_head).flatten(1, 2)
+        if by_head is not None and "_by_token" not in self.__dict__:
+            return by_head
+        x = self._by_token.transpose(1, 2)
+        return x if by_head is None else x + by_head
+
+
+def windows(x: Tensor, lists: Lists, batch: slice, tiles: slice, skip: int = 0, count: int | None = None) -> Tensor:
+    """Tokens skip … skip + count − 1 of evenly lying lists, seen in place in `x (B, N, …)`: `(B', T', count, …)`."""
+    start, step = lists.run or (0, 0)
+    x = x[batch, start + tiles.start * step + skip :]
+    s = x.stride()
+    shape = (len(x), tiles.stop - tiles.start, lists.length if count is None else count, *x.shape[2:])
+    return x.as_strided(shape, (s[0], step * s[1], *s[1:]))
