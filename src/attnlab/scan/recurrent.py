@@ -34,15 +34,16 @@ def recurrent(inputs: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
     beta (B, H, N, 1), state (B, H, Dk, Dv).
     Cost O(N · Dk · Dv) per head, N steps in sequence; training keeps every state.
     """
-    q, k, v, decay, beta = inputs
+    # Cut along time once: taking step t out of the whole at each step would make the backward quadratic in N.
+    queries, keys, values = (x.unsqueeze(-2).unbind(2) for x in inputs[:3])
+    decays = None if inputs.decay is None else inputs.decay.exp().unsqueeze(-1).unbind(2)
+    betas = None if inputs.beta is None else inputs.beta.unsqueeze(-1).unbind(2)
     outputs = []
-    for t in range(q.shape[2]):
-        key = k[:, :, t].unsqueeze(-1)
-        value = v[:, :, t].unsqueeze(-2)
-        if decay is not None:
-            state = state * decay[:, :, t].exp().unsqueeze(-1)
-        if beta is not None:
-            value = beta[:, :, t].unsqueeze(-1) * (value - key.mT @ state)
-        state = state + key * value
-        outputs.append(q[:, :, t].unsqueeze(-2) @ state)
-    return torch.cat(outputs, dim=2) if outputs else v, state
+    for t, (query, key, value) in enumerate(zip(queries, keys, values, strict=True)):
+        if decays is not None:
+            state = state * decays[t]
+        if betas is not None:
+            value = betas[t] * (value - key @ state)
+        state = state + key.mT * value
+        outputs.append(query @ state)
+    return torch.cat(outputs, dim=2) if outputs else inputs.v, state
