@@ -115,7 +115,7 @@ class _Axis:
     def ticks(self) -> list[float]:
         if self.log:
             decades = range(math.floor(self.low), math.ceil(self.high) + 1)
-            for steps in ((1,), (1, 3), (1, 2, 5)):
+            for steps in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
                 ticks = [
                     m * 10.0**d for d in decades for m in steps if self.low <= math.log10(m * 10.0**d) <= self.high
                 ]

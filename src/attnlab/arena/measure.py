@@ -115,7 +115,7 @@ def _too_much(before: list[Point], length: int, patience: float, device: str) ->
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Median time of a call."""
+    """Time of a call at its least disturbed."""
     times: list[float] = []
     while len(times) < 3 or (sum(times) < _REPEAT_FOR and len(times) < 50):
         start = time.perf_counter()
@@ -123,7 +123,7 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return min(times)
 
 
 def _decode(module: nn.Module, position: int, width: int, device: str) -> float:
@@ -138,4 +138,4 @@ def _decode(module: nn.Module, position: int, width: int, device: str) -> float:
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return min(times)

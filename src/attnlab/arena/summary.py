@@ -157,11 +157,11 @@ def answer(about: dict, rows: list[Row]) -> Answer:
 
 
 def as_good(row: Row, best: Row) -> bool:
-    """Whether the difference of the means is within two standard errors of it; never claimed from one seed."""
-    if row.spread is None or best.spread is None:
-        return False
-    error = math.sqrt(row.spread**2 / len(row.scores) + best.spread**2 / len(best.scores))
-    return abs(_mean(row) - _mean(best)) <= 2 * error
+    """Whether a row's mean is within the best one's spread over seeds; never claimed from one seed.
+
+    Only the best one's spread counts: that another varies a lot does not make it good.
+    """
+    return best.spread is not None and abs(_mean(row) - _mean(best)) <= best.spread
 
 
 def _mean(row: Row) -> float:
@@ -171,6 +171,10 @@ def _mean(row: Row) -> float:
 def _score(row: Row, about: dict) -> str:
     spread = "" if row.spread is None else f" ± {number(row.spread)}"
     return f"{number(_mean(row))}{spread} {about['metric']}"
+
+
+def whole(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

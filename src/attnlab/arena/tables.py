@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnlab.arena.memory import as_text
-from attnlab.arena.summary import Row, Summary, number, sign
+from attnlab.arena.summary import Row, Summary, number, sign, whole
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -33,13 +33,13 @@ def task_table(summary: Summary, task: str) -> Table:
         pad_edge=False,
     )
     table.add_column("mechanism")
-    for name in (f"{about['metric']} {better}", "parameters", "width", "FLOPs/token", "tokens/s"):
+    for name in (f"{about['metric']} {better}", "parameters", "width/MLP", "FLOPs/token", "tokens/s"):
         table.add_column(name, justify="right")
     for row in summary.rows[task]:
         table.add_row(
             _name(row.mechanism, answer.tied),
             score(row) if row.mean is not None else f"[red]{row.trials[0]['status']}",
-            number(row.first("parameters"), 9),
+            whole(row.first("parameters")),
             f"{row.first('width') or '–'}/{row.first('hidden') or '–'}",
             number(row.first("flops_per_token")),
             number(row.median("tokens_per_second")),

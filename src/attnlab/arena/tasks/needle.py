@@ -31,7 +31,7 @@ class Needle(Task):
     better = "higher"
     beyond = True
     budgets = {
-        "small": Budget(parameters=60_000, depth=2, steps=160, batch=16, length=128, learning_rate=6e-3, examples=32),
+        "small": Budget(parameters=60_000, depth=2, steps=220, batch=8, length=128, learning_rate=6e-3, examples=32),
         "medium": Budget(parameters=250_000, depth=2, steps=1_500, batch=16, length=512, examples=64),
     }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ends import Symbols
 from ..task import Budget, Score, Task, task
 
-_KEYS, _VALUES = 64, 64
+_KEYS, _VALUES = 32, 32
 
 
 @task
@@ -29,8 +29,8 @@ class Recall(Task):
     better = "higher"
     beyond = True
     budgets = {
-        "small": Budget(parameters=60_000, depth=2, steps=200, batch=32, length=64, learning_rate=6e-3, examples=256),
-        "medium": Budget(parameters=250_000, depth=2, steps=2_000, batch=64, length=128, examples=512),
+        "small": Budget(parameters=60_000, depth=2, steps=300, batch=32, length=32, learning_rate=6e-3, examples=256),
+        "medium": Budget(parameters=250_000, depth=2, steps=2_000, batch=64, length=64, examples=512),
     }
 
     def batch(self, rng: torch.Generator) -> tuple[Tensor, Tensor]:
