@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,32 @@ class Problem:
             torch.arange(self.nk, device=at),
         )
 
+    def parts(self) -> Iterator[tuple[Problem, slice, slice, slice]]:
+        """The problem cut so that in each part the pattern looks the same for all batch entries and heads.
+
+        With each part come its batch entries, its heads, and their key heads.
+        """
+        apart = self.pattern.per_batch or self.pattern.per_head
+        for b in _slices(self.batch, self.pattern.per_batch):
+            for h in _slices(self.heads, self.pattern.per_head):
+                kv = slice(h.start // self.groups, (h.stop - 1) // self.groups + 1)
+                yield (self._part(b, h) if apart else self), b, h, kv
+
+    def _part(self, b: slice, h: slice) -> Problem:
+        heads, bias = h.stop - h.start, self.bias
+        if isinstance(bias, Tensor):
+            bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+            bias = bias[b if len(bias) > 1 else slice(None), h if bias.shape[1] > 1 else slice(None)]
+        elif isinstance(bias, Lookup):
+            bias = Lookup(bias.table[:, h], bias.row)
+        elif bias is not None:
+            whole = bias
+            bias = lambda i, j, q, k: whole(i + b.start, j + h.start, q, k)  # noqa: E731
+        return replace(
+            self, batch=b.stop - b.start, heads=heads, kv_heads=self.kv_heads if heads == self.heads else 1,
+            pattern=self.pattern.at(b.start, h.start), bias=bias,
+        )  # fmt: skip
+
     @property
     def pairs(self) -> int:
         """Scores of full attention: B·H·Nq·Nk."""
@@ -109,3 +135,7 @@ class Problem:
             *(self.device, self.pattern, self.weighting, bias, self.dropout > 0, self.return_lse),
             *(self.needs_grad, self.trained_bias, self.traced, self.may_compile),
         )
+
+
+def _slices(count: int, apart: bool) -> list[slice]:
+    return [slice(i, i + 1) for i in range(count)] if apart else [slice(0, count)]
