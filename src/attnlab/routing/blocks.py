@@ -107,8 +107,11 @@ class Chosen(Pattern, Route):
 
     per_batch = True
     per_head = True
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def select(self, q: Tensor, k: Tensor) -> Pattern:
+        self.check(q.shape[2], k.shape[2])
         return self
 
 
@@ -150,8 +153,8 @@ class Routed(Chosen):
         """The share of pairs that are seen, over all batches and heads."""
         at = self.table.device
         tall, wide = self.queries.sizes.to(at).double(), self.keys.sizes.to(at).double()
-        pairs = torch.einsum("bhtc,t,c->bh", self.table.double(), tall, wide)
-        return float(pairs.mean()) / (self.queries.length * self.keys.length)
+        pairs = (self.table * wide).sum(-1) * tall
+        return float(pairs.sum(-1).mean()) / (self.queries.length * self.keys.length)
 
     def __repr__(self) -> str:
         return (

@@ -61,6 +61,7 @@ class _Flat:
         self.q_shape, self.kv_shape = (q.shape[0], q.shape[1]), (k.shape[0], k.shape[1])
         self.dim, self.value_dim = q.shape[-1], v.shape[-1]
         self.q, self.k, self.v = self._queries(q), plan.keys.pad(k), plan.keys.pad(v)
+        self.buffers: dict[str, Tensor] = {}
 
     def _queries(self, x: Tensor) -> Tensor:
         """Flat units of the queries, and one more that nobody is, where tiles are padded with it."""
@@ -79,31 +80,47 @@ class _Flat:
                 mask = mask[at : at + step]
             yield group.queries[at : at + step], group.keys[at : at + step], mask
 
-    def _take(self, units: Tensor, listed: Tensor, dim: int) -> Tensor:
-        """The tokens of the listed units, `(T, tokens, dim)`, in the precision of the computation."""
-        return units.index_select(0, listed.flatten()).view(len(listed), -1, dim).to(self.wide)
+    def _space(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Working memory that all steps share: fresh memory for each would cost as much as computing in it."""
+        size, dtype = math.prod(shape), dtype or self.wide
+        found = self.buffers.get(name)
+        if found is None or len(found) < size:
+            found = self.buffers[name] = torch.empty(size, dtype=dtype, device=self.q.device)
+        return found[:size].view(shape)
 
-    def _scores(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        scores = torch.bmm(q, k.transpose(1, 2))
+    def _take(self, name: str, units: Tensor, listed: Tensor, dim: int) -> Tensor:
+        """The tokens of the listed units, `(T, tokens, dim)`, in the precision of the computation."""
+        space = self._space(name, listed.numel(), units.shape[1], dtype=units.dtype)
+        taken = torch.index_select(units, 0, listed.flatten(), out=space)
+        return taken.view(len(listed), -1, dim).to(self.wide)
+
+    def _product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b, out=self._space(name, len(a), a.shape[1], b.shape[2]))
+
+    def _scores(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled queries, keys, and the scores of some tiles."""
+        q = self._take("q", self.q, queries, self.dim).mul_(self.scale)
+        k = self._take("k", self.k, keys, self.dim)
+        scores = self._product("scores", q, k.transpose(1, 2))
         if mask is not None:
-            scores[..., -mask.shape[-1] :] += mask.to(self.wide)
-        return scores
+            scores[..., -mask.shape[-1] :] += mask
+        return q, k, scores
 
     def _highest(self) -> Tensor | None:
         """A number per query that its scores do not exceed by much: None (zero) where no score can be large."""
-        q, k = (x.view(-1, self.dim).to(self.wide).square().sum(-1) for x in (self.q, self.k))
-        most = abs(self.scale) * (q.amax() * k.amax()).sqrt()
-        if bool(most <= SAFE):
+        lengths = [
+            torch.linalg.vector_norm(x.view(-1, self.dim), dim=-1).amax().to(self.wide) for x in (self.q, self.k)
+        ]
+        if bool(abs(self.scale) * lengths[0] * lengths[1] <= SAFE):
             return None
         highest = torch.full((len(self.q), self.plan.queries.size), -math.inf, dtype=self.wide, device=self.q.device)
         for group in self.plan.groups:
             for queries, keys, mask in self._steps(group):
-                q, k = self._take(self.q, queries, self.dim) * self.scale, self._take(self.k, keys, self.dim)
-                top = self._scores(q, k, mask).amax(-1).view(-1, self.plan.queries.size)
+                top = self._scores(queries, keys, mask)[2].amax(-1).view(-1, self.plan.queries.size)
                 if self.plan.once:
                     highest.index_copy_(0, queries, top)
                 else:
-                    highest.index_reduce_(0, queries.flatten(), top, "amax")
+                    highest.view(-1).scatter_reduce_(0, queries.flatten(), top.view(-1), "amax")
         return highest.masked_fill_(highest == -math.inf, 0.0)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -113,13 +130,13 @@ class _Flat:
         total = torch.zeros(len(self.q), size, dtype=self.wide, device=self.q.device)
         for group in self.plan.groups:
             for queries, keys, mask in self._steps(group):
-                q, k = self._take(self.q, queries, self.dim) * self.scale, self._take(self.k, keys, self.dim)
-                scores = self._scores(q, k, mask)
+                scores = self._scores(queries, keys, mask)[2]
                 if highest is not None:
-                    scores -= highest.index_select(0, queries.flatten()).view(len(queries), -1, 1)
+                    scores -= self._take("highest", highest, queries, 1)
                 weights = scores.exp_()
                 self._put(total, queries, weights.sum(-1))
-                self._put(out, queries, torch.bmm(weights, self._take(self.v, keys, self.value_dim)))
+                v = self._take("v", self.v, keys, self.value_dim)
+                self._put(out, queries, self._product("out", weights, v))
         dead = total == 0
         lse = total.log() if highest is None else total.log() + highest
         out = out.view(-1, self.value_dim).div_(total.masked_fill_(dead, 1.0).view(-1, 1))
@@ -146,17 +163,17 @@ class _Flat:
         grad_v = torch.zeros(self.v.shape, dtype=self.wide, device=self.q.device)
         for group in self.plan.groups:
             for queries, keys, mask in self._steps(group):
-                q, k = self._take(self.q, queries, self.dim) * self.scale, self._take(self.k, keys, self.dim)
-                v, grad = self._take(self.v, keys, self.value_dim), self._take(grads, queries, self.value_dim)
-                scores = self._scores(q, k, mask)
-                scores -= self._take(lse, queries, 1)
+                q, k, scores = self._scores(queries, keys, mask)
+                v = self._take("v", self.v, keys, self.value_dim)
+                grad = self._take("grad", grads, queries, self.value_dim)
+                scores -= self._take("lse", lse, queries, 1)
                 weights = scores.exp_()
-                self._add(grad_v, keys, torch.bmm(weights.transpose(1, 2), grad))
-                slope = torch.bmm(grad, v.transpose(1, 2))
-                slope -= self._take(shift, queries, 1)
+                self._add(grad_v, keys, self._product("out", weights.transpose(1, 2), grad))
+                slope = self._product("slope", grad, v.transpose(1, 2))
+                slope -= self._take("shift", shift, queries, 1)
                 slope *= weights
-                self._put(grad_q, queries, torch.bmm(slope, k))
-                self._add(grad_k, keys, torch.bmm(slope.transpose(1, 2), q))
+                self._put(grad_q, queries, self._product("out", slope, k))
+                self._add(grad_k, keys, self._product("out", slope.transpose(1, 2), q))
         rows = math.prod(self.q_shape) * self.plan.queries.count
         grad_q = self.plan.queries.unpad(grad_q[:rows], self.q_shape, self.dim) * self.scale
         grad_k = self._back(grad_k, self.dim)
