@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnlab.attend import attend
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import KVCache
+from attnlab.nn.decode import attend_one
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern
 from attnlab.weightings import Sigmoid, Weighting
@@ -94,10 +95,14 @@ class SigmoidAttention(MultiHead):
         if bias is not None and heat != 1.0:
             cold = bias
             bias = cold * heat if isinstance(cold, Tensor) else lambda b, h, q, k: cold(b, h, q, k) * heat
-        y = attend(
-            q, k, v, pattern=pattern, weighting=self.weighting, bias=bias, scale=heat * self.head_dim**-0.5,
+        how: dict[str, Any] = dict(
+            weighting=self.weighting, bias=bias, scale=heat * self.head_dim**-0.5,
             dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
+        if pattern is None and state is not None:
+            y = attend_one([(q, k, v)], **how)
+        else:
+            y = attend(q, k, v, pattern=pattern, **how)
         if self.rows:
             place = torch.arange(offset + 1, offset + 1 + q.shape[2], device=q.device, dtype=q.dtype)
             y = y / place.pow(self.rows)[:, None]

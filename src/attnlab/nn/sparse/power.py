@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnlab.attend import attend
 from attnlab.cards import ANY_LENGTH, CAUSAL_CROSS, CAUSAL_SELF, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import KVCache
+from attnlab.nn.decode import attend_one
 from attnlab.nn.mechanism import pattern_for
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern, PowersOfTwo
@@ -69,13 +69,11 @@ class PowerAttention(MultiHead):
         if state is None or q.shape[2] > 1 or pattern != self.pattern.shift(offset):
             return super().mix(q, k, v, x=x, pattern=pattern, offset=offset, state=state)
         spans = self.spans(offset)
-        k, v = (torch.cat([t[:, :, a:b] for a, b in spans], 2) for t in (k, v))
-        bias = self.bias(q, torch.empty(0, 0, offset + 1, device="meta"), offset)
+        bias, at = self.bias(q, k, offset), None
         if bias is not None:
             at = torch.cat([torch.arange(a, b, device=q.device) for a, b in spans])
-            whole = bias
-            bias = whole[..., at] if isinstance(whole, Tensor) else lambda b, h, q, k: whole(b, h, q, at[k])
-        return attend(q, k, v, bias=bias, dropout=self.dropout if self.training else 0.0)
+        parts = [(q, k[:, :, a:b], v[:, :, a:b]) for a, b in spans]
+        return attend_one(parts, bias=bias, at=at, dropout=self.dropout if self.training else 0.0)
 
     def spans(self, position: int) -> list[tuple[int, int]]:
         """The stretches of keys that the query at `position` sees, in order and disjoint: at most log₂ of its block."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnlab.attend import attend, merge
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, EXACT, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import RollingCache
+from attnlab.nn.decode import attend_one
 from attnlab.nn.mechanism import pattern_for
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Causal, Pattern, Sinks, Window
@@ -109,8 +110,15 @@ class SlidingWindow(MultiHead):
         if relocated:
             heads = self.relocate(q, still, k, v, where, offset)
         else:
-            bias = self.bias_at(q, k, offset, gap, state)
-            heads = attend(q, k, v, pattern=where, bias=bias, dropout=self.dropout if self.training else 0.0)
+            bias, at = self.bias(q, x.new_empty(0, 0, offset + n), offset), None
+            if bias is not None and state is not None:
+                index = torch.arange(k.shape[2], device=k.device)
+                at = state.positions() if n == 1 else index + gap * (index >= self.sinks)
+            dropout = self.dropout if self.training else 0.0
+            if where is None:
+                heads = attend_one([(q, k, v)], bias=bias, at=at, dropout=dropout)
+            else:
+                heads = attend(q, k, v, pattern=where, bias=moved(bias, at), dropout=dropout)
         y = self.merge(heads)
         return y if state is None else (y, state)
 
@@ -119,18 +127,23 @@ class SlidingWindow(MultiHead):
         dropout = self.dropout if self.training else 0.0
         places = torch.arange(offset, offset + q.shape[2], device=q.device).clamp_max(self.window + self.sinks - 1)
         near = self.position.turn_to(still, places)  # type: ignore[union-attr, operator]
-        first: Pattern = Sinks(self.sinks)
-        parts = [
-            attend(query, k, v, pattern=p if where is None else where & p, dropout=dropout, return_lse=True)
-            for query, p in ((near, first), (q, ~first))
-        ]
-        return merge(parts)[0]
+        if where is None:
+            parts = [
+                (near, k[:, :, : self.sinks], v[:, :, : self.sinks]),
+                (q, k[:, :, self.sinks :], v[:, :, self.sinks :]),
+            ]
+            return attend_one(parts, dropout=dropout)
+        first = Sinks(self.sinks)
+        return merge(
+            [
+                attend(near, k, v, pattern=where & first, dropout=dropout, return_lse=True),
+                attend(q, k, v, pattern=where & ~first, dropout=dropout, return_lse=True),
+            ]
+        )[0]
 
-    def bias_at(self, q: Tensor, k: Tensor, offset: int, gap: int, state: RollingCache | None) -> Bias | None:
-        """The position's bias where keys are no longer at their own indices."""
-        bias = super().bias(q, torch.empty(0, 0, offset + q.shape[2], device="meta"), offset)
-        if bias is None or state is None:
-            return bias
-        index = torch.arange(k.shape[2], device=k.device)
-        at = state.positions() if q.shape[2] == 1 else index + gap * (index >= self.sinks)
-        return bias[..., at] if isinstance(bias, Tensor) else lambda b, h, q, k: bias(b, h, q, at[k])
+
+def moved(bias: Bias | None, at: Tensor | None) -> Bias | None:
+    """`bias` for keys that stand at `at` rather than at their own indices."""
+    if bias is None or at is None:
+        return bias
+    return bias[..., at] if isinstance(bias, Tensor) else lambda b, h, q, k: bias(b, h, q, at[k])
