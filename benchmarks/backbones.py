@@ -51,6 +51,8 @@ PAIRS: dict[str, Callable[[Any], nn.Module]] = {
     "focalnet_tiny_srf": lambda timm: timm.create_model("focalnet_tiny_srf"),
     "focalnet_tiny_lrf": lambda timm: timm.create_model("focalnet_tiny_lrf"),
     "eca_resnet50": timm_eca_resnet50,
+    "deit_small_patch16_224": lambda timm: timm.create_model("deit_small_patch16_224"),
+    "volo_d1": lambda timm: timm.create_model("volo_d1_224"),
 }
 
 

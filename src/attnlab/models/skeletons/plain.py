@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +184,9 @@ class Plain(nn.Module):
         )
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.apply(trunc_normal_linear)
+        # As quiet as the positions, whatever the patch: the default, large for small patches, would drown them.
+        nn.init.trunc_normal_(self.patches.weight, std=0.02)
+        nn.init.zeros_(cast(Tensor, self.patches.bias))
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens with their positions, (B, N, C) or (B, 1 + N, C), and the grid that they make."""
