@@ -83,6 +83,7 @@ def attend(
         and route is None
         and weighting is None
         and not (return_lse or dropout)
+        and (scale is None or isinstance(scale, float))
         and isinstance(q, Tensor)
         and isinstance(k, Tensor)
         and isinstance(v, Tensor)

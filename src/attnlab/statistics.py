@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,10 @@ def statistics(
     wide = torch.promote_types(q.dtype, torch.float32)
     per_query, per_key = ((problem.batch, problem.heads, n) for n in (problem.nq, problem.nk))
     found = Statistics(
-        *(torch.zeros(s, dtype=wide, device=q.device) for s in (per_query, per_key, per_query, per_query)),
+        entropy=torch.zeros(per_query, dtype=wide, device=q.device),
+        received=torch.zeros(per_key, dtype=wide, device=q.device),
+        max=torch.zeros(per_query, dtype=wide, device=q.device),
+        distance=torch.zeros(per_query, dtype=wide, device=q.device),
         lse=torch.full(per_query, -torch.inf, dtype=wide, device=q.device),
         out=None if v is None else torch.zeros(*per_query, problem.value_dim, dtype=wide, device=q.device),
     )
@@ -64,7 +67,7 @@ def statistics(
         values = (k if v is None else v)[b, kv]
         for group, tiles in steps(part, tiling(part.pattern, part.nq, part.nk, part.device)):
             _add(found, part, score(part, q[b, h], k[b, kv], values, group, tiles), b, h, *places)
-    return found if found.out is None else Statistics(**{**vars(found), "out": found.out.to(q.dtype)})
+    return found if found.out is None else replace(found, out=found.out.to(q.dtype))
 
 
 def _add(found: Statistics, p: Problem, tile: Tile, b: slice, h: slice, q_place: Tensor, k_place: Tensor) -> None:
