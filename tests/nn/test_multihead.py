@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attnlab.cost import count_flops
 from attnlab.nn.cache import KVCache, RollingCache
 from attnlab.nn.multihead import MultiHead
-from attnlab.patterns import Documents, Explicit, Window
+from attnlab.patterns import Causal, Documents, Explicit, Window
 from attnlab.positions import ALiBi, BucketBias, Rotary, RotaryGrid, TableBias
 
 DIM = 24
@@ -107,6 +108,23 @@ def test_pieces_under_a_pattern_give_what_the_whole_gives() -> None:
             y, state = m(piece, state=state, pattern=Window(5))
             out.append(y)
         torch.testing.assert_close(torch.cat(out, 1), m(x, pattern=Window(5)), rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_that_sees_no_key_gives_zeros() -> None:
+    m, x = make(causal=True), tokens(6)
+    with torch.no_grad():
+        _, state = m(x[:, :5], state=m.initial_state(2))
+        y, _ = m(x[:, 5:], state=state, pattern=~Causal())
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+def test_a_step_under_a_window_works_on_the_window_alone() -> None:
+    m = make(causal=True)
+    projections = 2 * 2 * DIM * (m.wqkv.out_features + DIM)
+    with torch.no_grad():
+        _, state = m(tokens(200), state=m.initial_state(2))
+        work = count_flops(lambda: m(tokens(1), state=state, pattern=Window(5)))
+    assert work == projections + 2 * 2 * 4 * 5 * (6 + 6)
 
 
 def test_pieces_also_carry_gradients() -> None:

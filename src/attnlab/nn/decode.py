@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnlab.patterns import Pattern
 from attnlab.problem import Bias
 from attnlab.weightings import SOFTMAX, Elementwise, Weighting
 
@@ -33,7 +34,11 @@ def attend_one(
     Returns:
         `(B, H, 1, Dv)`.
     """
-    q, k, _ = parts[0]
+    q, k, v = parts[0]
+    if len(parts) == 1 and bias is None and weighting == SOFTMAX:
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     heads, groups = q.shape[1], (k.shape[1], -1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = [(q * scale).squeeze(2).unflatten(1, groups) @ k.mT for q, k, _ in parts]  # (B, Hkv, H/Hkv, n)
@@ -51,6 +56,12 @@ def attend_one(
     mixed = [w @ v for w, (_, _, v) in zip(weights.split([k.shape[2] for _, k, _ in parts], -1), parts, strict=True)]
     out = mixed[0] if len(mixed) == 1 else torch.stack(mixed).sum(0)
     return out.flatten(1, 2).unsqueeze(2)
+
+
+def visible(pattern: Pattern, keys: int, device: torch.device) -> Tensor:
+    """Indices of the keys that a single query sees under `pattern`, the same for every head and sample."""
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    return pattern.allows(zero, zero, zero, torch.arange(keys, device=device)).nonzero().squeeze(-1)
 
 
 def _values(bias: Bias, q: Tensor, heads: int, keys: int, at: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from attnlab.attend import attend
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, EXACT, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import KVCache
+from attnlab.nn.decode import attend_one, visible
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, pattern_for, split_heads
 from attnlab.patterns import Pattern
 from attnlab.positions import Position
@@ -135,8 +136,17 @@ class MultiHead(Mechanism):
 
         `x` are the queries' tokens, the first of them at position `offset`, as `pattern` knows; k and v are from 0 on.
         """
-        dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, pattern=pattern, bias=self.bias(q, k, offset), dropout=dropout)
+        dropout, bias = self.dropout if self.training else 0.0, self.bias(q, k, offset)
+        if state is None or q.shape[2] > 1 or (pattern is not None and (pattern.per_head or pattern.per_batch)):
+            return attend(q, k, v, pattern=pattern, bias=bias, dropout=dropout)
+        # A decoding step is over before a planner has thought about its length, which it never saw before.
+        at = None
+        if pattern is not None:
+            at = visible(pattern, k.shape[2], k.device)
+            if not len(at):
+                return torch.zeros_like(q[..., :1]) * v[:, :1, :1]
+            k, v = k[:, :, at], v[:, :, at]
+        return attend_one([(q, k, v)], bias=bias, at=at, dropout=dropout)
 
     def after(self, heads: Tensor, x: Tensor) -> Tensor:
         """What becomes of the heads `(B, H, N, D)` before they are merged: nothing."""
