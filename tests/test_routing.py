@@ -174,10 +174,17 @@ def test_packed_sequences_are_as_if_alone(make):
 def test_nothing_beyond_own_blocks_may_mean_everything():
     q, k, v = heads()
     q[0] = -k[0].repeat_interleave(2, 0).mean(2, keepdim=True)
-    for route, pattern in ((TopKBlocks(1, block=8, own=True, or_full=True), Full()), (TopKBlocks(5, block=8), Full())):
+    for route, pattern in ((TopKBlocks(1, block=8, own=True, released=True), Full()), (TopKBlocks(5, block=8), Full())):
         torch.testing.assert_close(attend(q, k, v, route=route), attend(q, k, v, pattern=pattern))
     own = TopKBlocks(1, block=8, own=True).select(q, k).table
     assert torch.equal(own, torch.eye(5, dtype=torch.bool).expand(2, 4, 5, 5))
+
+
+def test_a_threshold_never_reached_chooses_two_blocks_in_the_released_code():
+    q, k, _ = heads()
+    for scope, many in (("query", 3), ("head", 5)):
+        chosen = ThresholdBlocks(1.5, block=8, scope=scope, released=True).select(q, k).table.sum(-1)
+        assert chosen.max() == many  # the own block and two others, or all
 
 
 def test_a_choice_passes_no_gradient_and_narrows_the_pattern():

@@ -30,7 +30,8 @@ class BlockRoute(Route):
             queries of a block are then judged by their first: by their mean, later ones would speak for earlier ones.
         own: the block that a query lies in is always chosen, and counts as chosen.
         per_head: each head chooses for itself; if not, all follow the sum of their scores.
-        or_full: where a batch element has chosen nothing but own blocks, it gets everything, as VMoBA's code has it.
+        released: do as VMoBA's code does where that differs from its paper. A batch element that has chosen nothing but
+            own blocks gets everything; a threshold never reached chooses two blocks in the scopes "query" and "block".
         lengths: of packed sequences; none sees another.
     """
 
@@ -39,7 +40,7 @@ class BlockRoute(Route):
     causal: bool = field(default=False, kw_only=True)
     own: bool = field(default=False, kw_only=True)
     per_head: bool = field(default=True, kw_only=True)
-    or_full: bool = field(default=False, kw_only=True)
+    released: bool = field(default=False, kw_only=True)
     lengths: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class BlockRoute(Route):
             scores = scores.sum(1, keepdim=True)
         allowed, own = candidates(queries, keys, causal=self.causal, device=q.device)
         table = self.choose(scores, allowed, own & (self.own or self.causal))
-        if self.or_full:
+        if self.released:
             table = torch.where((table & ~own).flatten(1).any(1)[:, None, None, None], table, allowed)
         routed = Routed(table, queries, keys)
         return routed & Causal() if self.causal else routed
@@ -171,6 +172,8 @@ class ThresholdBlocks(BlockRoute):
         reached = others.clamp_min(0.0).cumsum(-1) / total >= wanted
         # Up to and including the first at which enough is reached; all if it never is.
         before = F.pad(~reached[..., :-1], (1, 0), value=True)
+        if self.released and self.scope in ("query", "block"):
+            before[..., 2:] &= reached[..., -1:]
         table = torch.zeros_like(valid).scatter_(-1, order, before)
         return back((table | mine) & valid)
 

@@ -29,7 +29,7 @@ class PackedAttention:
             "query_block": 1,
             "scope": _SCOPES[arguments.get("threshold_type", "query_head")],
             "own": True,
-            "or_full": True,
+            "released": True,
         }
 
         def route(lengths: tuple[int, ...]) -> BlockRoute:

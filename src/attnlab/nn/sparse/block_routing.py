@@ -56,8 +56,10 @@ class BlockRouting(MultiHead):
         threshold: share of the gate's mass that the chosen blocks hold (exactly one of both; default 0.25).
         scope: who shares the budget: "query", "block" (threshold only), "head", "all": see `attnlab.routing`. The
             paper uses "head" with a threshold; the authors' function defaults to "query".
-        variant: where no query chooses anything beyond its own block, "release" turns to full attention, as the
-            authors' code does; "paper" stays with own blocks: the default, since it keeps the cost as promised.
+        variant: "release" does as the authors' code: where no query chooses anything beyond its own block it turns to
+            full attention, and a threshold that is never reached (1 or more) chooses two blocks in the scopes "query"
+            and "block". "paper", the default, stays with own blocks and chooses all: it costs and gives what was asked
+            for. (Not followed in either: with `scope="head"` and packed sequences their top-k crosses sequences.)
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class BlockRouting(MultiHead):
             "query_block": Partition.of(1, blocks.length),
             "scope": self.scope,
             "own": True,
-            "or_full": self.variant == "release",
+            "released": self.variant == "release",
         }
         if self.topk is not None:
             return TopKBlocks(self.topk, **options)
