@@ -19,7 +19,8 @@ _SHADES = " ░▒▓█"
 
 def layout_of(card: cards.Card) -> str:
     """The layout in which a mechanism shows best: causal where it can be, a grid where it must."""
-    return CAUSAL if card.claims(cards.CAUSAL_SELF) else GRID
+    on_sequences = card.claims(cards.ANY_LENGTH) or not card.claims(cards.ANY_GRID)
+    return CAUSAL if card.claims(cards.CAUSAL_SELF) and on_sequences else GRID
 
 
 def influence(mechanism: str, layout: str = "", *, length: int = 64, width: int = 64) -> Tensor:

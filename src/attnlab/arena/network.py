@@ -96,6 +96,8 @@ def why_not(card: cards.Card, task: type[Task]) -> str:
         return "works on feature maps, and this is a sequence"
     if not card.claims(cards.CAUSAL_SELF):
         return "cannot keep from looking ahead (not causal)"
+    if card.claims(cards.ANY_GRID) and not card.claims(cards.ANY_LENGTH):
+        return "works on grids, and this is a sequence"
     if task.beyond and not card.claims(cards.ANY_LENGTH):
         return "is bound to one length, and here lengths vary"
     return ""

@@ -135,9 +135,10 @@ def task(cls: TaskType) -> TaskType:
 
 def tasks() -> dict[str, type[Task]]:
     """Every registered task by name, ours first."""
-    for module in _OURS:
-        importlib.import_module(f"attnlab.arena.tasks.{module}")
-    ours = {name: cls for name, cls in _TASKS.items() if cls.__module__.startswith("attnlab.arena.tasks.")}
+    homes = [f"attnlab.arena.tasks.{module}" for module in _OURS]
+    for home in homes:
+        importlib.import_module(home)
+    ours = {cls.name: cls for home in homes for cls in _TASKS.values() if cls.__module__ == home}
     return ours | _TASKS
 
 
