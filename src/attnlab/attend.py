@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from attnlab.patterns import Causal, Full, Pattern
 from attnlab.problem import Bias, Lookup, Problem
-from attnlab.weightings import Weighting
+from attnlab.weightings import SOFTMAX, Affine, Weighting
 from attnlab.weightings import weighting as as_weighting
 
 if TYPE_CHECKING:
@@ -101,8 +102,21 @@ def attend(
         q, k, v, pattern=pattern, route=route, weighting=weighting, bias=bias, scale=scale, dropout=dropout,
         return_lse=return_lse,
     )  # fmt: skip
+    if isinstance(problem.weighting, Affine):
+        return _affine(problem, problem.weighting, q, k, v, backend)
     out, lse = planner.run(problem, q, k, v, backend)
     return (out, lse) if lse is not None and return_lse else out
+
+
+def _affine(problem: Problem, how: Affine, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """Softmax attention and the mean of what is seen, which is the attention of a query without any preference."""
+    from attnlab import planner
+
+    softmax = replace(problem, weighting=SOFTMAX)
+    taken, _ = planner.run(softmax, q, k, v, backend)
+    even = replace(softmax, bias=None, trained_bias=False, dropout=0.0)
+    mean, _ = planner.run(even, torch.zeros_like(q), k, v, backend)
+    return how.factor * taken + (how.total - how.factor) * mean
 
 
 def pose(

@@ -106,6 +106,26 @@ class Linear(Elementwise):
         return torch.ones_like(scores)
 
 
+@dataclass(frozen=True, eq=False)
+class Affine(Weighting):
+    """w = α P + (ᾱ − α)/N, P the softmax weights and N the number of keys seen (arXiv 2602.23057).
+
+    A query takes the share `factor` = α `(B, H, Nq, 1)` of softmax attention and spreads what is left of `total` = ᾱ
+    evenly over the keys that it sees: its weights sum to ᾱ, and are negative where α > ᾱ + P N α. `attend` computes it
+    as α · softmax attention + (ᾱ − α) · mean of the seen values, on any backend.
+    """
+
+    factor: Tensor
+    total: Tensor | float = 1.0
+
+    def weights(self, scores: Tensor, seen: Tensor, keys: int) -> Tensor:
+        count = seen.sum(-1, keepdim=True).clamp_min(1)
+        return self.factor * SOFTMAX.weights(scores, seen, keys) + (self.total - self.factor) / count * seen
+
+    def __str__(self) -> str:
+        return "Affine"
+
+
 SOFTMAX = Softmax()
 _NAMES: dict[str, Weighting] = {"softmax": SOFTMAX, "sigmoid": Sigmoid(), "relu": Relu(), "none": Linear()}
 
