@@ -91,7 +91,7 @@ class Slow(_Causal):
     """Takes its time."""
 
     def forward(self, x, context=None, *, grid=None, pattern=None, state=None):
-        time.sleep(0.05)
+        time.sleep(0.02)
         return super().forward(x)
 
 

@@ -41,7 +41,7 @@ def influence(mechanism: str, layout: str = "", *, length: int = 64, width: int 
         outputs = module(copies, grid=(side, side) if layout == GRID else None)
         rows = torch.arange(length)
         (gradient,) = torch.autograd.grad((outputs[rows, rows] @ torch.randn(width)).sum(), copies)
-    strength = gradient.norm(dim=-1)
+    strength = gradient.norm(dim=-1).nan_to_num()
     return strength / strength.amax(1, keepdim=True).clamp_min(1e-30)
 
 

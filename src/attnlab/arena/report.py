@@ -184,7 +184,7 @@ def _pictures(summary: Summary) -> list[dict]:
         card = cards.describe(name)
         try:
             strength = influence.influence(name)
-        except (ValueError, RuntimeError):  # a picture is no reason to lose the report
+        except Exception:  # a mechanism that fails has its row of reasons, and the page goes on
             continue
         found.append(
             {"name": name, "card": card, "layout": influence.layout_of(card), "png": influence.as_png(strength)}
