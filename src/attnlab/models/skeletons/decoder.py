@@ -32,12 +32,15 @@ class SwiGLU(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """x = x + mixer(norm1(x)), then x = x + mlp(norm2(x)): `(B, N, C)` → the same, or `(y, state)` with a state."""
+    """x = x + mixer(norm1(x)), then x = x + mlp(norm2(x)) if there is one: `(B, N, C)` → the same.
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module, *, norm: Callable[[int], nn.Module]) -> None:
+    `(y, state)` with a state.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp: nn.Module | None, *, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.norm1, self.mixer = norm(dim), mixer
-        self.norm2, self.mlp = norm(dim), mlp
+        self.norm2, self.mlp = None if mlp is None else norm(dim), mlp
 
     def forward(self, x: Tensor, *, state: Any = None) -> Any:
         if state is None:
@@ -45,7 +48,8 @@ class DecoderBlock(nn.Module):
         else:
             y, state = self.mixer(self.norm1(x), state=state)
         x = x + y
-        x = x + self.mlp(self.norm2(x))
+        if self.mlp is not None and self.norm2 is not None:
+            x = x + self.mlp(self.norm2(x))
         return x if state is None else (x, state)
 
 
@@ -85,7 +89,8 @@ class Decoder(nn.Module):
         mixer_options: keywords for mixers given by name. Of `causal=True`, `heads`, `kv_heads`, `head_dim`, `position`
             and `layer`, a mechanism gets beside them whatever its constructor names.
         hidden: the width inside SwiGLU; 8/3 · dim, rounded up to a multiple of 64, if None.
-        mlp: a function of the layer's index that builds another feed-forward in SwiGLU's place.
+        mlp: a function of the layer's index that builds another feed-forward in SwiGLU's place, or gives None for
+            none.
         position: "rotary", "alibi", "learned" (a table of `length` places) or "none"; or a `Position` for all layers.
         rope_base, rope_scaling: of the rotary position.
         length: the longest text allowed; None for no limit.
@@ -105,7 +110,7 @@ class Decoder(nn.Module):
         hidden: int | None = None,
         mixer: Mixer | Sequence[Mixer] = "multihead",
         mixer_options: Mapping[str, Any] | None = None,
-        mlp: Callable[[int], nn.Module] | None = None,
+        mlp: Callable[[int], nn.Module | None] | None = None,
         position: str | Position = "rotary",
         rope_base: float = 10000.0,
         rope_scaling: Scaling | None = None,
