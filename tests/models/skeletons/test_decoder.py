@@ -140,6 +140,11 @@ def test_each_layer_of_a_hybrid_has_its_own_mixer() -> None:
     assert len({id(b.mixer.position) for b in m.blocks}) == 1
 
 
+def test_mixers_of_a_hybrid_take_keywords_of_their_own() -> None:
+    m = make(mixer=[("sliding_window", dict(window=3)), ("sliding_window", dict(window=9)), "multihead"], depth=4)
+    assert [getattr(b.mixer, "window", None) for b in m.blocks] == [3, 9, None, 3]
+
+
 def test_sampling_follows_the_generator_and_the_top_k() -> None:
     m, text = make(), ids(4)
     draw = [m.generate(text, 6, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from attnlab.nn.mechanism import split_heads
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.softmax.gated import GatedAttention
+from attnlab.positions import Rotary
 
 DIM, HEADS, KV = 24, 4, 2
 
@@ -138,3 +140,29 @@ def test_the_gate_costs_what_the_paper_says() -> None:
 def test_errors_name_what_is_wrong(keywords: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**keywords)
+
+
+def test_gates_per_element_equal_those_of_qwen3_next() -> None:
+    """Its projection holds query and gate of each head in turn, its norms scale by 1 + weight, a quarter turns."""
+    next_ = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    config = pytest.importorskip("transformers").Qwen3NextConfig(
+        hidden_size=DIM, num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=8, attention_bias=False,
+        partial_rotary_factor=0.5, rope_theta=10000.0, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs, x = next_.Qwen3NextAttention(config, 0).double().eval(), tokens()
+    turned = next_.Qwen3NextRotaryEmbedding(config)(x, torch.arange(7)[None])
+    mask = torch.full((7, 7), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    wanted = theirs(x, tuple(t.double() for t in turned), mask)[0]
+    ours = GatedAttention(
+        DIM, heads=HEADS, kv_heads=KV, head_dim=8, gate="element", causal=True, position=Rotary(8, dim=4),
+        qk_norm=partial(nn.RMSNorm, eps=config.rms_norm_eps),
+    ).double()  # fmt: skip
+    q, gate = theirs.q_proj.weight.unflatten(0, (HEADS, 2, 8)).unbind(1)
+    with torch.no_grad():
+        ours.wqkv.weight.copy_(torch.cat((q.flatten(0, 1), theirs.k_proj.weight, theirs.v_proj.weight)))
+        ours.wg.weight.copy_(gate.flatten(0, 1))
+        ours.wo.weight.copy_(theirs.o_proj.weight)
+        ours.q_norm.weight.copy_(1 + theirs.q_norm.weight)
+        ours.k_norm.weight.copy_(1 + theirs.k_norm.weight)
+    torch.testing.assert_close(ours(x), wanted, rtol=1e-5, atol=1e-6)

@@ -108,6 +108,11 @@ def test_row_scaling_divides_the_output_of_each_query_by_a_power_of_its_place() 
     torch.testing.assert_close(scaled(x), plain(x) / place.sqrt())
 
 
+def test_the_hybrid_norm_comes_last() -> None:
+    m, x = make(out_norm=nn.RMSNorm), tokens()
+    torch.testing.assert_close(m(x), m.out_norm(make()(x)))
+
+
 def test_a_window_narrows_it() -> None:
     m, x = make(length=7, causal=True), tokens()
     near = (torch.arange(7)[:, None] - torch.arange(7)).clamp_min(0) < 3

@@ -15,7 +15,8 @@ from attnlab import cards
 from attnlab.nn.mechanism import check_heads
 from attnlab.positions import ALiBi, Learned, Position, Rotary, Scaling
 
-Mixer = str | Callable[[int], nn.Module]
+# A name, a name with keywords of its own, or a function of the layer's index.
+Mixer = str | tuple[str, Mapping[str, Any]] | Callable[[int], nn.Module]
 
 
 class SwiGLU(nn.Module):
@@ -84,10 +85,10 @@ class Decoder(nn.Module):
         ids (B, N + new) = decoder.generate(ids, new)
 
     Args:
-        mixer: the name of a registered token mechanism, or a function of the layer's index that builds one; or a list
-            of such, one per layer (a hybrid), repeated from its start if shorter than `depth`.
-        mixer_options: keywords for mixers given by name. Of `causal=True`, `heads`, `kv_heads`, `head_dim`, `position`
-            and `layer`, a mechanism gets beside them whatever its constructor names.
+        mixer: the name of a registered token mechanism, a pair of a name and keywords for it, or a function of the
+            layer's index that builds one; or a list of such, one per layer (a hybrid), repeated if shorter than depth.
+        mixer_options: keywords for all mixers given by name. Of `causal=True`, `heads`, `kv_heads`, `head_dim`,
+            `position` and `layer`, a mechanism gets beside them whatever its constructor names.
         hidden: the width inside SwiGLU; 8/3 · dim, rounded up to a multiple of 64, if None.
         mlp: a function of the layer's index that builds another feed-forward in SwiGLU's place, or gives None for
             none.
@@ -139,11 +140,12 @@ class Decoder(nn.Module):
         def norm(width: int) -> nn.Module:
             return nn.RMSNorm(width, eps=norm_eps)
 
-        mixers = [mixer] if isinstance(mixer, str) or callable(mixer) else list(mixer)
+        pair = isinstance(mixer, tuple) and len(mixer) == 2 and isinstance(mixer[1], Mapping)
+        mixers: list[Any] = [mixer] if isinstance(mixer, str) or callable(mixer) or pair else list(mixer)  # type: ignore[arg-type]
         if not 1 <= len(mixers) <= depth:
             raise ValueError(f"mixer must be one or a list of 1 to depth = {depth}, got {len(mixers)}")
         options = dict(mixer_options or {})
-        if options and not any(isinstance(m, str) for m in mixers):
+        if options and all(callable(m) for m in mixers):
             raise ValueError("mixer_options go with the name of a mechanism; a function builds its mixer itself")
         self.blocks = nn.ModuleList(
             DecoderBlock(
@@ -295,11 +297,12 @@ def _position(
 
 def _mixer(mixer: Mixer, dim: int, shared: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
     """The mechanism that `mixer` names, with what its constructor knows of the shared keywords."""
-    if not isinstance(mixer, str):
+    if callable(mixer):
         return mixer(shared["layer"])
-    known = _keywords(cards.target(mixer))
-    kept = {name: value for name, value in shared.items() if name in known and value is not None}
-    return cards.build(mixer, dim, **{**kept, **options})
+    name, own = (mixer, {}) if isinstance(mixer, str) else mixer
+    known = _keywords(cards.target(name))
+    kept = {keyword: value for keyword, value in shared.items() if keyword in known and value is not None}
+    return cards.build(name, dim, **{**kept, **options, **own})
 
 
 def _keywords(target: Callable[..., Any]) -> set[str]:

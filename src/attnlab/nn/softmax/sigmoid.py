@@ -48,6 +48,7 @@ class SigmoidAttention(MultiHead):
         shift: what stands in place of −log n.
         temperature: t; it scales the position's bias too. With the shift it is part of the `state_dict`.
         v_norm: builds a norm of the values per head from a width (the authors' cross-attention has LayerNorm there).
+        out_norm: builds a norm of the output from a width: the authors' hybrid norm, for stable training on long texts.
         rows: divides the output of the i-th query, i ≥ 1, by iʳᵒʷˢ (the authors' normalised variants: ½ and 1).
         Others as for `MultiHead`.
     """
@@ -60,6 +61,7 @@ class SigmoidAttention(MultiHead):
         shift: float | None = None,
         temperature: float = 0.0,
         v_norm: Callable[[int], nn.Module] | None = None,
+        out_norm: Callable[[int], nn.Module] | None = None,
         rows: float = 0.0,
         **keywords: Any,
     ) -> None:
@@ -69,6 +71,7 @@ class SigmoidAttention(MultiHead):
         self.shift = -math.log(length) if length is not None else shift
         self.temperature, self.rows = temperature, rows
         self.v_norm = v_norm(self.head_dim) if v_norm else nn.Identity()
+        self.out_norm = out_norm(dim) if out_norm else nn.Identity()
 
     @property
     def weighting(self) -> Weighting:
@@ -78,6 +81,9 @@ class SigmoidAttention(MultiHead):
     def qkv(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(x, context)
         return q, k, self.v_norm(v)
+
+    def merge(self, heads: Tensor) -> Tensor:
+        return self.out_norm(super().merge(heads))
 
     def mix(
         self,
