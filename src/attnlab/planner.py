@@ -17,7 +17,7 @@ from attnlab.backends.dense import Dense
 from attnlab.backends.flex import Flex, FlexFailed
 from attnlab.backends.natten import Natten
 from attnlab.backends.reference import Reference
-from attnlab.backends.routed import Lists
+from attnlab.backends.routed import RoutedBlocks
 from attnlab.backends.tiles import Tiles
 from attnlab.cost import Cost, available_bytes
 from attnlab.problem import Problem
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # Those that torch.compile and torch.export can follow come in the order in which they are tried there.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Natten(), Flex(), Dense(), Lists(), Tiles(), Reference())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Natten(), Flex(), Dense(), RoutedBlocks(), Tiles(), Reference())}
 
 # What is small enough is not worth asking the system about.
 _SURELY_FITS = 2**28

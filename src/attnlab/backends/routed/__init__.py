@@ -9,10 +9,10 @@ from attnlab.backends.routed.plan import Group, Plan, parts, plan
 from attnlab.cost import Cost, machine
 from attnlab.problem import Problem
 
-__all__ = ["Group", "Lists", "Plan", "plan", "routed_attention"]
+__all__ = ["Group", "Plan", "RoutedBlocks", "plan", "routed_attention"]
 
 
-class Lists:
+class RoutedBlocks:
     """A choice of blocks (`attnlab.routing`), alone or narrowed by patterns, on the CPU, forward and backward.
 
     Only chosen blocks are computed: whole blocks of queries against what they chose, or, where queries choose alone,

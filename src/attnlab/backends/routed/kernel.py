@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attnlab.backends.routed.plan import Group, Plan
 
-# Scores of one step: what the caches of the cores hold together, with what they are made from.
-STEP_BYTES = 4 * 2**20
+# Scores of one step and core: with what they are made from, they stay in its second-level cache.
+STEP_BYTES = 2**20
 # Scores are exponentiated as they are if no product of norms can exceed this: e^±60 and sums of it are far from the
 # limits of float32.
 SAFE = 60.0
@@ -52,136 +52,116 @@ class _RoutedAttention(torch.autograd.Function):
 
 
 class _Flat:
-    """q, k and v as flat units, and the two passes over the tiles."""
+    """Scaled q, k and v as flat tokens, and the two passes over the tiles."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
         self.plan, self.scale = plan, scale
         self.wide = torch.promote_types(q.dtype, torch.float32)
-        self.dtype = q.dtype
+        self.dtype, self.device = q.dtype, q.device
         self.q_shape, self.kv_shape = (q.shape[0], q.shape[1]), (k.shape[0], k.shape[1])
-        self.dim, self.value_dim = q.shape[-1], v.shape[-1]
-        self.q, self.k, self.v = self._queries(q), plan.keys.pad(k), plan.keys.pad(v)
+        self.q, self.k, self.v = self._queries(q.to(self.wide) * scale), plan.keys.pad(k), plan.keys.pad(v)
         self.buffers: dict[str, Tensor] = {}
 
     def _queries(self, x: Tensor) -> Tensor:
-        """Flat units of the queries, and one more that nobody is, where tiles are padded with it."""
+        """The queries' tokens, and one more that nobody is, with which tiles of single queries are filled up."""
         flat = self.plan.queries.pad(x)
-        return flat if self.plan.once else torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
+        return flat if self.plan.queries.size > 1 else torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
 
-    def _steps(self, group: Group) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Queries, keys and mask of some tiles at a time."""
-        tiles, n = group.keys.shape
-        rows = group.queries.numel() // tiles * self.plan.queries.size
-        each = rows * n * self.plan.keys.size * self.wide.itemsize
-        step = max(torch.get_num_threads() if each < STEP_BYTES else 1, STEP_BYTES // each)
-        for at in range(0, tiles, step):
-            mask = group.mask
-            if mask is not None and len(mask) > 1:
-                mask = mask[at : at + step]
-            yield group.queries[at : at + step], group.keys[at : at + step], mask
+    def _results(self, flat: Tensor) -> Tensor:
+        """Back from `_queries`."""
+        count = math.prod(self.q_shape) * self.plan.queries.count * self.plan.queries.size
+        return self.plan.queries.unpad(flat[:count], self.q_shape)
+
+    def _zeros(self, like: Tensor, dim: int | None = None) -> Tensor:
+        return torch.zeros(len(like), like.shape[1] if dim is None else dim, dtype=self.wide, device=self.device)
+
+    def _steps(self) -> Iterator[Group]:
+        """The groups, a few tiles at a time: a multiple of the threads if a tile is small."""
+        threads = torch.get_num_threads()
+        for group in self.plan.groups:
+            rows, columns = group.shape
+            step = max(1, STEP_BYTES // (rows * columns * self.wide.itemsize)) * threads
+            for at in range(0, len(group.keys), step):
+                mask = group.mask if group.mask is None or len(group.mask) == 1 else group.mask[at : at + step]
+                yield Group(group.queries[at : at + step], group.keys[at : at + step], group.rows, group.columns, mask)
 
     def _space(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Working memory that all steps share: fresh memory for each would cost as much as computing in it."""
         size, dtype = math.prod(shape), dtype or self.wide
         found = self.buffers.get(name)
         if found is None or len(found) < size:
-            found = self.buffers[name] = torch.empty(size, dtype=dtype, device=self.q.device)
+            found = self.buffers[name] = torch.empty(size, dtype=dtype, device=self.device)
         return found[:size].view(shape)
 
-    def _take(self, name: str, units: Tensor, listed: Tensor, dim: int) -> Tensor:
-        """The tokens of the listed units, `(T, tokens, dim)`, in the precision of the computation."""
+    def _take(self, name: str, tokens: Tensor, listed: Tensor, unit: int) -> Tensor:
+        """The tokens of the listed units, `(T, tokens, D)`, in the precision of the computation."""
+        units = tokens.view(-1, unit * tokens.shape[1])
         space = self._space(name, listed.numel(), units.shape[1], dtype=units.dtype)
         taken = torch.index_select(units, 0, listed.flatten(), out=space)
-        return taken.view(len(listed), -1, dim).to(self.wide)
+        return taken.view(len(listed), -1, tokens.shape[1]).to(self.wide)
+
+    @staticmethod
+    def _add(tokens: Tensor, listed: Tensor, unit: int, part: Tensor) -> None:
+        """Add `part (T, tokens, D)` to the listed units."""
+        part = part.reshape(listed.numel(), -1)
+        tokens.view(-1, part.shape[1]).index_add_(0, listed.flatten(), part)
 
     def _product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b, out=self._space(name, len(a), a.shape[1], b.shape[2]))
 
-    def _scores(self, queries: Tensor, keys: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _scores(self, tiles: Group) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled queries, keys, and the scores of some tiles."""
-        q = self._take("q", self.q, queries, self.dim).mul_(self.scale)
-        k = self._take("k", self.k, keys, self.dim)
+        q = self._take("q", self.q, tiles.queries, tiles.rows)
+        k = self._take("k", self.k, tiles.keys, tiles.columns)
         scores = self._product("scores", q, k.transpose(1, 2))
-        if mask is not None:
-            scores[..., -mask.shape[-1] :] += mask
+        if tiles.mask is not None:
+            scores += tiles.mask
         return q, k, scores
 
     def _highest(self) -> Tensor | None:
-        """A number per query that its scores do not exceed by much: None (zero) where no score can be large."""
-        lengths = [
-            torch.linalg.vector_norm(x.view(-1, self.dim), dim=-1).amax().to(self.wide) for x in (self.q, self.k)
-        ]
-        if bool(abs(self.scale) * lengths[0] * lengths[1] <= SAFE):
+        """The highest score of each query; None where no score can be so large that it had to be subtracted."""
+        longest = [torch.linalg.vector_norm(x, dim=-1).amax().item() for x in (self.q, self.k)]
+        if longest[0] * longest[1] <= SAFE:
             return None
-        highest = torch.full((len(self.q), self.plan.queries.size), -math.inf, dtype=self.wide, device=self.q.device)
-        for group in self.plan.groups:
-            for queries, keys, mask in self._steps(group):
-                top = self._scores(queries, keys, mask)[2].amax(-1).view(-1, self.plan.queries.size)
-                if self.plan.once:
-                    highest.index_copy_(0, queries, top)
-                else:
-                    highest.view(-1).scatter_reduce_(0, queries.flatten(), top.view(-1), "amax")
+        highest = self._zeros(self.q, 1).fill_(-math.inf)
+        for tiles in self._steps():
+            top = self._scores(tiles)[2].amax(-1).flatten()
+            rows = tiles.queries[..., None] * tiles.rows + torch.arange(tiles.rows, device=self.device)
+            highest.view(-1).scatter_reduce_(0, rows.flatten(), top, "amax")
         return highest.masked_fill_(highest == -math.inf, 0.0)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        size = self.plan.queries.size
         highest = self._highest()
-        out = torch.zeros(len(self.q), size * self.value_dim, dtype=self.wide, device=self.q.device)
-        total = torch.zeros(len(self.q), size, dtype=self.wide, device=self.q.device)
-        for group in self.plan.groups:
-            for queries, keys, mask in self._steps(group):
-                scores = self._scores(queries, keys, mask)[2]
-                if highest is not None:
-                    scores -= self._take("highest", highest, queries, 1)
-                weights = scores.exp_()
-                self._put(total, queries, weights.sum(-1))
-                v = self._take("v", self.v, keys, self.value_dim)
-                self._put(out, queries, self._product("out", weights, v))
-        dead = total == 0
+        out, total = self._zeros(self.q, self.v.shape[1]), self._zeros(self.q, 1)
+        for tiles in self._steps():
+            scores = self._scores(tiles)[2]
+            if highest is not None:
+                scores -= self._take("highest", highest, tiles.queries, tiles.rows)
+            weights = scores.exp_()
+            v = self._take("v", self.v, tiles.keys, tiles.columns)
+            self._add(total, tiles.queries, tiles.rows, weights.sum(-1))
+            self._add(out, tiles.queries, tiles.rows, self._product("out", weights, v))
         lse = total.log() if highest is None else total.log() + highest
-        out = out.view(-1, self.value_dim).div_(total.masked_fill_(dead, 1.0).view(-1, 1))
-        used = self.plan.queries
-        rows = math.prod(self.q_shape) * used.count
-        out = used.unpad(out.view(len(self.q), -1)[:rows], self.q_shape, self.value_dim)
-        lse = used.unpad(lse[:rows], self.q_shape, 1).squeeze(-1)
-        return out.to(self.dtype).contiguous(), lse.contiguous()
-
-    def _put(self, units: Tensor, listed: Tensor, part: Tensor) -> None:
-        part = part.reshape(listed.numel(), -1)
-        if self.plan.once:
-            units.index_copy_(0, listed.flatten(), part)
-        else:
-            units.index_add_(0, listed.flatten(), part)
+        out.div_(total.masked_fill_(total == 0, 1.0))
+        return self._results(out).to(self.dtype).contiguous(), self._results(lse).squeeze(-1).contiguous()
 
     def backward(self, grad_out: Tensor, lse: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # A query without keys has weight zero everywhere: any finite number does for its log-sum-exp.
         lse = lse.masked_fill(lse == -math.inf, 0.0)
         grads = self._queries(grad_out)
         lse, shift = (self._queries(x.unsqueeze(-1)) for x in (lse, shift))
-        grad_q = torch.zeros(self.q.shape, dtype=self.wide, device=self.q.device)
-        grad_k = torch.zeros(self.k.shape, dtype=self.wide, device=self.q.device)
-        grad_v = torch.zeros(self.v.shape, dtype=self.wide, device=self.q.device)
-        for group in self.plan.groups:
-            for queries, keys, mask in self._steps(group):
-                q, k, scores = self._scores(queries, keys, mask)
-                v = self._take("v", self.v, keys, self.value_dim)
-                grad = self._take("grad", grads, queries, self.value_dim)
-                scores -= self._take("lse", lse, queries, 1)
-                weights = scores.exp_()
-                self._add(grad_v, keys, self._product("out", weights.transpose(1, 2), grad))
-                slope = self._product("slope", grad, v.transpose(1, 2))
-                slope -= self._take("shift", shift, queries, 1)
-                slope *= weights
-                self._put(grad_q, queries, self._product("out", slope, k))
-                self._add(grad_k, keys, self._product("out", slope.transpose(1, 2), q))
-        rows = math.prod(self.q_shape) * self.plan.queries.count
-        grad_q = self.plan.queries.unpad(grad_q[:rows], self.q_shape, self.dim) * self.scale
-        grad_k = self._back(grad_k, self.dim)
-        return grad_q.to(self.dtype), grad_k, self._back(grad_v, self.value_dim)
-
-    @staticmethod
-    def _add(units: Tensor, listed: Tensor, part: Tensor) -> None:
-        units.index_add_(0, listed.flatten(), part.view(listed.numel(), -1))
-
-    def _back(self, units: Tensor, dim: int) -> Tensor:
-        return self.plan.keys.unpad(units, self.kv_shape, dim).to(self.dtype)
+        grad_q, grad_k, grad_v = (self._zeros(x) for x in (self.q, self.k, self.v))
+        for tiles in self._steps():
+            q, k, scores = self._scores(tiles)
+            v = self._take("v", self.v, tiles.keys, tiles.columns)
+            grad = self._take("grad", grads, tiles.queries, tiles.rows)
+            scores -= self._take("lse", lse, tiles.queries, tiles.rows)
+            weights = scores.exp_()
+            self._add(grad_v, tiles.keys, tiles.columns, self._product("out", weights.transpose(1, 2), grad))
+            slope = self._product("slope", grad, v.transpose(1, 2))
+            slope -= self._take("shift", shift, tiles.queries, tiles.rows)
+            slope *= weights
+            self._add(grad_q, tiles.queries, tiles.rows, self._product("out", slope, k))
+            self._add(grad_k, tiles.keys, tiles.columns, self._product("out", slope.transpose(1, 2), q))
+        back_k, back_v = (self.plan.keys.unpad(x, self.kv_shape).to(self.dtype) for x in (grad_k, grad_v))
+        return (self._results(grad_q) * self.scale).to(self.dtype), back_k, back_v

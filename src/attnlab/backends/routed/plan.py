@@ -1,15 +1,18 @@
 """From a choice of blocks to groups of tiles: which queries meet which keys, all heads and batches in one list.
 
-Two ways, by the size of a query block. *By rows*: a block of queries is a tile, and its keys are the blocks that it
-chose. *By columns*, where queries choose alone: a block of keys is met by all queries that chose it, some at a time,
-and what a query gets from its several blocks adds up.
+Two ways, by the size of a query block. *By rows*: a block of queries is a tile, and its keys are some of the blocks
+that it chose. *By columns*, where queries choose alone: a block of keys is met by queries that chose it. Either way a
+query may be in several tiles, and what it gets from each adds up.
+
+Pairs of blocks of which only a part is seen (the diagonal of a causal pattern, say) are cut finer: what is not seen at
+all falls away, what is seen wholly joins the others, and only the rest needs masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,39 +24,49 @@ from attnlab.routing import Partition, Routed
 ROWS_FROM = 16
 # Queries per tile where a block of keys is met by single queries.
 TILE = 128
+# Scores of one tile, at most (but for a single pair of blocks): half the second-level cache of a core.
+TILE_SCORES = 2**18
+# Blocks of which only a part is seen are cut in four per side, as long as so many tokens are left.
+FINE = 4
+FINE_FROM = 32
 # Pairs whose residual mask is evaluated at a time.
 _ASKED = 2**22
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Tiles of one shape. `queries (T,)` are units of `Plan.unit` queries, or `(T, n)` of them; `keys (T, n)` units.
+    """Tiles of one shape. `queries (T, m)` and `keys (T, n)` are numbers of units, of `rows` and `columns` tokens.
 
-    `mask`, added to the scores of the last keys of each tile, is `(T or 1, queries or 1, masked keys)`: 0 and −inf.
+    `mask`, added to the scores, is `(T or 1, m·rows or 1, n·columns)`: 0 and −inf.
     """
 
     queries: Tensor
     keys: Tensor
+    rows: int
+    columns: int
     mask: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries and keys of a tile."""
+        return self.queries.shape[1] * self.rows, self.keys.shape[1] * self.columns
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Tiles over flat units: unit u of the queries of batch b and head h is number (b·H + h)·units + u.
 
-    `queries` and `keys` pad blocks to one size. `once` says that no query is in two tiles.
+    `queries` and `keys` pad blocks to one size.
     """
 
     queries: Padding
     keys: Padding
     groups: tuple[Group, ...]
-    once: bool
 
     @property
     def pairs(self) -> int:
         """Scores that are computed, over all heads and batches."""
-        width = self.keys.size
-        return sum(g.keys.numel() * width * (g.queries.numel() * self.queries.size // len(g.keys)) for g in self.groups)
+        return sum(len(g.keys) * g.shape[0] * g.shape[1] for g in self.groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +89,23 @@ class Padding:
         token = token.masked_fill(place >= blocks.sizes[:, None], -1)
         return cls(blocks, blocks.size, blocks.count, token.flatten().to(device))
 
+    @cached_property
+    def fine(self) -> Padding:
+        """The same places in smaller blocks, where they can be cut."""
+        size = self.size // FINE
+        if self.token is not None or size < FINE_FROM or size * FINE != self.size:
+            return self
+        return Padding(Partition.of(size, self.blocks.length), size, self.count * FINE, None)
+
     def pad(self, x: Tensor) -> Tensor:
-        """`x (B, H, N, D)` as flat units `(B·H·count, size·D)`, zero in padding."""
+        """`x (B, H, N, D)` as flat tokens `(B·H·count·size, D)`, zero in padding."""
         if self.token is not None:
             x = x.index_select(2, self.token.clamp_min(0)).masked_fill_((self.token < 0)[:, None], 0.0)
-        return x.reshape(-1, self.size * x.shape[-1])
+        return x.reshape(-1, x.shape[-1])
 
-    def unpad(self, units: Tensor, shape: tuple[int, int], dim: int) -> Tensor:
-        """Flat units back to `(B, H, N, D)`."""
-        x = units.view(*shape, -1, dim)
+    def unpad(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Flat tokens back to `(B, H, N, D)`."""
+        x = tokens.view(*shape, -1, tokens.shape[-1])
         if self.token is None:
             return x
         place = (self.token >= 0).nonzero()[:, 0]
@@ -112,99 +133,105 @@ def _leaves(pattern: Pattern) -> Iterator[Pattern]:
 def plan(routed: Routed, rest: tuple[Pattern, ...], batch: int, heads: int, kv_heads: int) -> Plan:
     """The tiles of a choice of blocks, narrowed by the static patterns `rest`."""
     device = routed.table.device
-    table, partial = routed.table, torch.zeros_like(routed.table[:1, :1])
-    for pattern in rest:
-        some, whole = cover(pattern, routed.queries, routed.keys, device)
-        table, partial = table & some, partial | ~whole
+    table = routed.table.expand(batch, heads, -1, -1)
     by_rows = routed.queries.size >= ROWS_FROM
-    keys = Padding.of(routed.keys, device)
-    queries = Padding.of(routed.queries, device, single=not by_rows)
-    if keys.token is not None:
-        partial = partial | (routed.keys.sizes < routed.keys.size).to(device)
-    make = _by_rows if by_rows else _by_columns
-    groups = make(table, partial, rest, queries, keys, (batch, heads, kv_heads))
-    return Plan(queries, keys, tuple(groups), once=by_rows)
+    queries, keys = Padding.of(routed.queries, device, single=not by_rows), Padding.of(routed.keys, device)
+    some, whole = _cover(rest, routed.queries, keys, device)
+    first = _first_unit(batch, heads, kv_heads, device)
+    groups: list[Group] = []
+    if not by_rows:
+        parts = (table & whole, None), (table & (some & ~whole), rest)
+        for chosen, masks in parts:
+            groups += _by_columns(chosen, masks, first, routed.queries, queries, keys)
+        return Plan(queries, keys, tuple(groups))
+    groups += _by_rows(table & whole, first, queries, keys)
+    partial = some & ~whole
+    if bool(partial.any()):
+        fine = queries.fine, keys.fine
+        some, whole = _cover(rest, fine[0].blocks, fine[1], device)
+        partial = table & partial
+        for dim, times in ((2, fine[0].count // queries.count), (3, fine[1].count // keys.count)):
+            partial = partial.repeat_interleave(times, dim)
+        groups += _by_rows(partial & whole, first, *fine)
+        groups += _masked(partial & (some & ~whole), rest, first, *fine)
+    return Plan(queries, keys, tuple(groups))
 
 
-def _by_rows(
-    table: Tensor, partial: Tensor, rest: tuple[Pattern, ...], queries: Padding, keys: Padding,
-    shape: tuple[int, int, int],
-) -> Iterator[Group]:  # fmt: skip
-    """Tiles with as many whole and as many masked blocks each: the whole ones first."""
-    batch, heads, kv_heads = shape
-    # 2 for whole blocks, 1 for blocks to be masked, 0 for the others; sorted, they are each tile's list.
-    rank = (table.byte() * 2 - (table & partial).byte()).expand(batch, heads, -1, -1)
-    order = rank.argsort(dim=-1, descending=True, stable=True)
-    counts = (rank == 2).sum(-1), (rank == 1).sum(-1)
-    kinds = (counts[0] * (keys.count + 1) + counts[1]).flatten()
-    first = _first_unit(batch, heads, kv_heads, keys.count, table.device)
-    order = order.flatten(0, 2)
-    for kind in kinds.unique().tolist():
-        whole, masked = divmod(kind, keys.count + 1)
-        if whole + masked == 0:
-            continue
-        tiles = (kinds == kind).nonzero()[:, 0]
-        chosen = order[tiles, : whole + masked]
-        mask = None
-        if masked:
-            mask = _mask(tiles % table.shape[2], chosen[:, whole:], rest, queries, keys)
-        yield Group(tiles, chosen + first[tiles // table.shape[2], None], mask)
+def _by_rows(table: Tensor, first: Tensor, queries: Padding, keys: Padding) -> Iterator[Group]:
+    """Tiles of one query block and as many of its blocks as fit, all wholly seen."""
+    counts = table.sum(-1).flatten()
+    most = int(counts.max())
+    # Each tile's list: chosen blocks come first.
+    order = table.byte().argsort(dim=-1, descending=True, stable=True)[..., :most].flatten(0, 2)
+    order += first.repeat_interleave(queries.count)[:, None] * keys.count
+    size = max(1, TILE_SCORES // (queries.size * keys.size))
+    for n in range(1, min(size, most) + 1):
+        # Full tiles of `size` blocks from the list's beginning, and one of what is left over.
+        starts = range(0, most, size) if n == size else [0]
+        found = []
+        for start in starts:
+            tiles = (counts - start >= size if n == size else counts % size == n).nonzero()[:, 0]
+            begin = start if n == size else (counts[tiles] - n)[:, None]
+            places = begin + torch.arange(n, device=table.device).expand(len(tiles), n)
+            found.append((tiles, order[tiles].gather(1, places)))
+        tiles, chosen = (torch.cat(x) for x in zip(*found, strict=True))
+        if len(tiles):
+            yield Group(tiles[:, None], chosen, queries.size, keys.size)
+
+
+def _masked(
+    table: Tensor, rest: tuple[Pattern, ...], first: Tensor, queries: Padding, keys: Padding
+) -> Iterator[Group]:
+    """Tiles of one query block and one key block of which a part is seen."""
+    head, query, block = table.flatten(0, 1).nonzero().unbind(1)
+    if len(head):
+        mask = _mask(query[:, None], block[:, None], rest, queries, keys)
+        units = (head * queries.count + query)[:, None], (first[head] * keys.count + block)[:, None]
+        yield Group(*units, queries.size, keys.size, mask)
 
 
 def _by_columns(
-    table: Tensor, partial: Tensor, rest: tuple[Pattern, ...], queries: Padding, keys: Padding,
-    shape: tuple[int, int, int],
-) -> Iterator[Group]:  # fmt: skip
+    table: Tensor, rest: tuple[Pattern, ...] | None, first: Tensor, choosers: Partition, queries: Padding, keys: Padding
+) -> Iterator[Group]:
     """Tiles of up to `TILE` single queries that chose the same block; the last of each block may be padded."""
-    batch, heads, kv_heads = shape
     device = table.device
-    total = batch * heads * queries.count
-    first = _first_unit(batch, heads, kv_heads, keys.count, device)
-    if queries.blocks.count != queries.count:
-        owner = queries.blocks.block(torch.arange(queries.count, device=device))
-        table, partial = table[:, :, owner], partial[:, :, owner if partial.shape[2] > 1 else slice(None)]
-    table = table.expand(batch, heads, -1, -1)
-    for masked in (False, True):
-        chosen = table & (partial if masked else ~partial)
-        # (b·H + h, block, query) of every choice, block by block.
-        head, block, query = chosen.flatten(0, 1).transpose(1, 2).nonzero().unbind(1)
-        if not len(head):
-            continue
-        column = head * keys.count + block
-        counts = column.bincount(minlength=batch * heads * keys.count)
-        tiles = -(-counts // TILE)
-        start = tiles.cumsum(0) - tiles
-        before = counts.cumsum(0) - counts
-        place = start[column] * TILE + torch.arange(len(column), device=device) - before[column]
-        # Places left over take the query after the last, which is nobody's.
-        listed = torch.full((int(tiles.sum()) * TILE,), total, device=device)
-        listed[place] = head * queries.count + query
-        owner = torch.repeat_interleave(torch.arange(len(tiles), device=device), tiles)
-        listed = listed.view(-1, TILE)
-        unit = (first[owner // keys.count] + owner % keys.count)[:, None]
-        mask = None
-        if masked:
-            mask = _mask(listed % queries.count, (owner % keys.count)[:, None], rest, queries, keys)
-        yield Group(listed, unit, mask)
+    if choosers.count != queries.count:
+        table = table[:, :, choosers.block(torch.arange(queries.count, device=device))]
+    # (b·H + h, block, query) of every choice, block by block.
+    head, block, query = table.flatten(0, 1).transpose(1, 2).nonzero().unbind(1)
+    if not len(head):
+        return
+    column = head * keys.count + block
+    counts = column.bincount(minlength=len(first) * keys.count)
+    tiles = -(-counts // TILE)
+    start = (tiles.cumsum(0) - tiles) * TILE - (counts.cumsum(0) - counts)
+    # Places left over take the query after the last, which is nobody's.
+    listed = torch.full((int(tiles.sum()) * TILE,), len(first) * queries.count, device=device)
+    listed[start[column] + torch.arange(len(column), device=device)] = head * queries.count + query
+    listed = listed.view(-1, TILE)
+    owner = torch.repeat_interleave(torch.arange(len(tiles), device=device), tiles)
+    head, block = owner // keys.count, owner % keys.count
+    mask = None
+    if rest is not None:
+        mask = _mask(listed % queries.count, block[:, None], rest, queries, keys)
+    yield Group(listed, (first[head] * keys.count + block)[:, None], 1, keys.size, mask)
 
 
-def _first_unit(batch: int, heads: int, kv_heads: int, count: int, device: torch.device) -> Tensor:
-    """The number of the first key block of each (b·H + h)."""
+def _first_unit(batch: int, heads: int, kv_heads: int, device: torch.device) -> Tensor:
+    """The number b·Hkv + h·Hkv/H of the keys of each (b·H + h)."""
     b, h = torch.arange(batch, device=device)[:, None], torch.arange(heads, device=device)
-    return ((b * kv_heads + h // (heads // kv_heads)) * count).flatten()
+    return (b * kv_heads + h // (heads // kv_heads)).flatten()
 
 
 def _mask(units: Tensor, blocks: Tensor, rest: tuple[Pattern, ...], queries: Padding, keys: Padding) -> Tensor:
-    """What to add to the scores of query units `(T,)` or `(T, n)` with key blocks `(T, m)`."""
-    one = torch.cat([units[:, None] if units.dim() == 1 else units, blocks], 1)
-    if rest == (Causal(),) and units.dim() == 1 and queries.token is None and keys.token is None:
-        # All that counts is how far the blocks lie behind the queries.
-        distance = units[:, None] * queries.size - blocks * keys.size
-        if bool((distance == distance[:1]).all()):
-            one, units, blocks = one[:1], units[:1], blocks[:1]
-    kinds, inverse = (one, None) if len(one) == 1 else one.unique(dim=0, return_inverse=True)
-    split = 1 if units.dim() == 1 else units.shape[1]
-    q, k = _tokens(queries, kinds[:, :split]), _tokens(keys, kinds[:, split:])
+    """What to add to the scores of query units `(T, m)` with key blocks `(T, n)`."""
+    if rest == (Causal(),) and units.shape[1] == blocks.shape[1] == 1 and queries.token is None and keys.token is None:
+        # All that counts is how far the block lies behind the queries.
+        distance = units * queries.size - blocks * keys.size
+        if bool((distance == distance[0]).all()):
+            units, blocks = units[:1], blocks[:1]
+    kinds, inverse = torch.cat([units, blocks], 1).unique(dim=0, return_inverse=True)
+    q, k = _tokens(queries, kinds[:, : units.shape[1]]), _tokens(keys, kinds[:, units.shape[1] :])
     masks = []
     zero = torch.zeros((), dtype=torch.long, device=k.device)
     for some, listed in zip(*(x.split(max(1, _ASKED // (q.shape[1] * k.shape[1]))) for x in (q, k)), strict=True):
@@ -213,13 +240,25 @@ def _mask(units: Tensor, blocks: Tensor, rest: tuple[Pattern, ...], queries: Pad
             seen = seen & pattern.allows(zero, zero, some.clamp_min(0)[:, :, None], listed.clamp_min(0)[:, None])
         masks.append(torch.zeros(seen.shape, device=k.device).masked_fill_(~seen, -torch.inf))
     mask = torch.cat(masks)
-    return mask if inverse is None else mask[inverse]
+    return mask if len(mask) == 1 else mask[inverse]
 
 
 def _tokens(side: Padding, units: Tensor) -> Tensor:
     """The tokens `(T, n·size)` of units `(T, n)`, −1 in padding."""
     places = units[..., None] * side.size + torch.arange(side.size, device=units.device)
     return (places if side.token is None else side.token[places]).flatten(1)
+
+
+def _cover(rest: tuple[Pattern, ...], queries: Partition, keys: Padding, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For blocks of queries and keys `(Tq or 1, C)`: whether some pair of them is seen, and whether every place is."""
+    whole = torch.ones(1, keys.count, dtype=torch.bool, device=device)
+    if keys.token is not None:
+        whole = (keys.blocks.sizes == keys.size).to(device)[None]
+    some = torch.ones_like(whole)
+    for pattern in rest:
+        one, every = cover(pattern, queries, keys.blocks, device)
+        some, whole = some & one, whole & every
+    return some, whole
 
 
 def cover(pattern: Pattern, queries: Partition, keys: Partition, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -230,7 +269,6 @@ def cover(pattern: Pattern, queries: Partition, keys: Partition, device: torch.d
     return _counted(pattern, queries, keys, device)
 
 
-@lru_cache(maxsize=16)
 def _counted(pattern: Pattern, queries: Partition, keys: Partition, device: torch.device) -> tuple[Tensor, Tensor]:
     """`cover` by asking about every pair, a stripe of queries at a time."""
     zero = torch.zeros((), dtype=torch.long, device=device)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attnlab.backends.routed import RoutedBlocks
 from attnlab.backends.tiles.kernel import tile_attention
 from attnlab.backends.tiles.plain import plain_attention
 from attnlab.backends.tiles.plan import tiling
@@ -34,7 +35,7 @@ class Tiles:
     def unsupported(self, problem: Problem) -> str:
         if problem.traced:
             return "a graph tracer cannot follow the plan of the tiles"
-        if problem.routed and problem.nq * problem.nk > _PLANNED_ONCE:
+        if problem.routed and (problem.nq * problem.nk > _PLANNED_ONCE or not RoutedBlocks().unsupported(problem)):
             return "a plan for one call alone would take longer than the call"
         if problem.device.type != "cpu" and problem.is_full:
             return "full attention off the CPU (dense is made for it)"
