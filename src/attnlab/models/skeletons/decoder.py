@@ -141,7 +141,7 @@ class Decoder(nn.Module):
             return nn.RMSNorm(width, eps=norm_eps)
 
         pair = isinstance(mixer, tuple) and len(mixer) == 2 and isinstance(mixer[1], Mapping)
-        mixers: list[Any] = [mixer] if isinstance(mixer, str) or callable(mixer) or pair else list(mixer)  # type: ignore[arg-type]
+        mixers: list[Any] = [mixer] if isinstance(mixer, str) or callable(mixer) or pair else list(mixer)
         if not 1 <= len(mixers) <= depth:
             raise ValueError(f"mixer must be one or a list of 1 to depth = {depth}, got {len(mixers)}")
         options = dict(mixer_options or {})
