@@ -1,0 +1,1 @@
+"""Mechanisms that learn while they read: their state is the weights of a small network. May import what nn may import."""
