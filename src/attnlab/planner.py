@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # Those that torch.compile and torch.export can follow come in the order in which they are tried there.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (Natten(), Flex(), Dense(), RoutedBlocks(), Tiles(), Reference())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (Natten(), Tiles(), Flex(), Dense(), RoutedBlocks(), Reference())}
 
 # What is small enough is not worth asking the system about.
 _SURELY_FITS = 2**28
+_LIMIT = 4096
 _compiling: ContextVar[bool] = ContextVar("attnlab_compiling", default=False)
 _chosen: dict[tuple[object, ...], Backend] = {}
 
@@ -82,7 +83,7 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     if found is None:
         found = BACKENDS[explain(problem).decide()]
         if not problem.routed:
-            if len(_chosen) >= 4096:
+            if len(_chosen) >= _LIMIT:
                 _chosen.clear()
             _chosen[key] = found
     return found

@@ -49,18 +49,19 @@ class Dense:
         p = problem
         skips = p.is_causal and p.bias is None and not p.return_lse and p.nq > 1024
         copies, size = self._copies(p), p.dtype.itemsize
-        # The mask: every distinct pair is asked for once (and once more in a cast), then read for each head.
         per_head = p.pattern.per_batch or p.pattern.per_head
         mask = 0 if p.is_full or (p.is_causal and p.bias is None) else (p.pairs if per_head else p.nq * p.nk)
-        if callable(p.bias):
-            mask += 4 * p.heads * p.nq * p.nk
+        kept = mask <= _KEPT and not p.routed
+        # Making a mask takes a dozen passes of integers, a bias by index a few more for every head.
+        made = (0.0 if kept else 32.0 * mask) + (32.0 * p.heads * p.nq * p.nk if callable(p.bias) else 0.0)
+        read = size * (mask + p.pairs / 4) if mask or p.bias is not None else 0.0
         return machine(p.device).cost(
             "by_hand" if copies else "fused",
             p.pairs * (0.5 if skips else 1.0),
             p.dim + p.value_dim,
             train=p.needs_grad,
             dtype=p.dtype,
-            moved=(8.0 + size) * mask + (size * p.pairs / 4 if mask else 0.0),
+            moved=made + read * (2 if p.needs_grad else 1),
             memory=(1.0 + size) * mask + size * copies * p.pairs,
             calls=8 if copies else 1,
         )
