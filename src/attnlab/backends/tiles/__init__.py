@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,12 +12,15 @@ from attnlab.backends.tiles.kernel import tile_attention
 from attnlab.backends.tiles.plain import plain_attention
 from attnlab.backends.tiles.plan import tiling
 from attnlab.backends.tiles.tiling import STEP_BYTES, Group, Lists, Tiling
+from attnlab.backends.tiles.traced import tellable, traced_attention
 from attnlab.cost import Cost, machine
 from attnlab.problem import Problem
 from attnlab.weightings import Softmax
 
 __all__ = ["Group", "Lists", "Tiles", "Tiling", "tile_attention", "tiling"]
 
+# Pairs from which an operator of its own is worth it inside torch.compile.
+_WORTH = 2**18
 # Pairs up to which a choice from the content, which will not come again, is worth a plan.
 _PLANNED_ONCE = 2**22
 
@@ -34,7 +36,7 @@ class Tiles:
 
     def unsupported(self, problem: Problem) -> str:
         if problem.traced:
-            return "a graph tracer cannot follow the plan of the tiles"
+            return _untraceable(problem)
         if problem.routed and (problem.nq * problem.nk > _PLANNED_ONCE or not RoutedBlocks().unsupported(problem)):
             return "a plan for one call alone would take longer than the call"
         if problem.device.type != "cpu" and problem.is_full:
@@ -65,37 +67,26 @@ class Tiles:
 
     def run(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         p = problem
+        if p.traced:
+            return traced_attention(q, k, v, p.pattern, p.scale)
         if not (p.pattern.per_batch or p.pattern.per_head):
             return _one(p, q, k, v)
-        rows = []
-        for b in _slices(p.batch, p.pattern.per_batch):
-            row = []
-            for h in _slices(p.heads, p.pattern.per_head):
-                kv = slice(h.start // p.groups, -(-h.stop // p.groups))
-                row.append(_one(_part(p, b, h), q[b, h], k[b, kv], v[b, kv]))
-            rows.append([torch.cat(x, 1) for x in zip(*row, strict=True)])
-        out, lse = (torch.cat(x) for x in zip(*rows, strict=True))
+        found = [_one(part, q[b, h], k[b, kv], v[b, kv]) for part, b, h, kv in p.parts()]
+        heads = p.heads if p.pattern.per_head else 1
+        rows = [[torch.cat(x, 1) for x in zip(*found[i : i + heads], strict=True)] for i in range(0, len(found), heads)]
+        out, lse = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*rows, strict=True))
         return out, lse
 
 
-def _slices(count: int, apart: bool) -> list[slice]:
-    return [slice(i, i + 1) for i in range(count)] if apart else [slice(0, count)]
-
-
-def _part(p: Problem, b: slice, h: slice) -> Problem:
-    """The problem of some batch entries and heads, in which the pattern looks the same for all."""
-    heads = h.stop - h.start
-    kv_heads = p.kv_heads if heads == p.heads else 1
-    bias = p.bias
-    if isinstance(bias, Tensor):
-        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-        bias = bias[b if len(bias) > 1 else slice(None), h if bias.shape[1] > 1 else slice(None)]
-    elif bias is not None:
-        whole = bias
-        bias = lambda i, j, q, k: whole(i + b.start, j + h.start, q, k)  # noqa: E731
-    return replace(
-        p, batch=b.stop - b.start, heads=heads, kv_heads=kv_heads, pattern=p.pattern.at(b.start, h.start), bias=bias
-    )
+def _untraceable(p: Problem) -> str:
+    """Why a graph cannot have the problem as an operator; empty if it can."""
+    if p.nq * p.nk < _WORTH:
+        return "not worth it for few pairs inside torch.compile"
+    if p.is_full or p.is_causal:
+        return "dense is made for full and causal attention"
+    if not _fused(p) or p.bias is not None or not p.is_softmax:
+        return "inside torch.compile only plain softmax on the CPU"
+    return "" if tellable(p.pattern) else "a graph cannot hold a pattern of tensors, or of a class of one's own"
 
 
 def _fused(p: Problem) -> bool:

@@ -53,7 +53,7 @@ def tile_attention(
 class _TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Bias | None) -> Any:
-        call = _Call(q, k, v, tiling, scale, bias)
+        call = Call(q, k, v, tiling, scale, bias)
         arranged = call.arrange(q)
         out, lse = call.forward(arranged, k, v)
         ctx.save_for_backward(arranged, k, v, out, lse)
@@ -73,7 +73,7 @@ class _TileAttention(torch.autograd.Function):
         return (*call.backward(grad, grad_lse, q, k, v, out, lse), None, None, None)
 
 
-class _Call:
+class Call:
     """One call of the kernel: everything but the values. Inside, queries are in the tiling's order."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Bias | None) -> None:
