@@ -1,1 +1,1 @@
-"""Mechanisms that learn while they read: their state is the weights of a small network. May import what nn may import."""
+"""Mechanisms that learn while they read: their state is the weights of a network. May import what nn may import."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class DeepMemory(nn.Module):
             raise ValueError(f"expansion must leave at least one channel of {dim}, got {expansion}")
         self.heads, self.depth, self.activation, self.residual = heads, depth, activation, residual
         widths = [dim, *[hidden] * (depth - 1), dim]
-        matrices = [torch.empty(heads, a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        matrices = [torch.empty(heads, a, b) for a, b in pairwise(widths)]
         for matrix in matrices:
             for head in matrix:
                 nn.init.xavier_uniform_(head)
