@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from attnlab.cost import Cost, machine
@@ -18,6 +19,10 @@ from attnlab.patterns.speedup import tile_pairs, visited_share
 from attnlab.problem import Problem
 
 BLOCK = 128
+# How the log-sum-exp is asked for has changed: in torch 2.9, and the old way is going away.
+_ASK_FOR_LSE: dict[str, Any] = {"return_lse": True}
+if hasattr(flex_module, "AuxRequest"):
+    _ASK_FOR_LSE = {"return_aux": flex_module.AuxRequest(lse=True)}
 # Inside torch.compile, below this many pairs, torch's own kernel with a mask is as fast and compiles sooner.
 _WORTH = 2**22
 
@@ -70,14 +75,14 @@ class Flex:
 
     def run(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         p = problem
-        keywords: dict[str, Any] = dict(
-            score_mod=_score_mod(p), scale=p.scale, enable_gqa=p.groups > 1, return_lse=p.return_lse
-        )
+        keywords: dict[str, Any] = dict(score_mod=_score_mod(p), scale=p.scale, enable_gqa=p.groups > 1)
+        if p.return_lse:
+            keywords.update(_ASK_FOR_LSE)
         batch, heads = p.batch if p.pattern.per_batch else None, p.heads if p.pattern.per_head else None
         if p.traced:
             mask = None
             if not p.is_full:
-                mask = create_block_mask(p.pattern.allows, batch, heads, p.nq, p.nk, device=str(p.device))
+                mask = create_block_mask(_mask_mod(p.pattern), batch, heads, p.nq, p.nk, device=str(p.device))
             found = flex_attention(q, k, v, block_mask=mask, **keywords)
         else:
             mask = None if p.is_full else _block_mask(p.pattern, batch or 1, heads or 1, p.nq, p.nk, p.device)
@@ -87,7 +92,15 @@ class Flex:
                 reason = str(error).strip().partition("\n")[0][:200]
                 self._failed[p.key] = f"failed to compile: {type(error).__name__}: {reason}"
                 raise FlexFailed(self._failed[p.key]) from error
-        return found if p.return_lse else (found, None)
+        if not p.return_lse:
+            return found, None
+        out, more = found
+        return out, more if isinstance(more, Tensor) else more.lse
+
+
+def _mask_mod(pattern: Pattern) -> Callable[..., Tensor]:
+    # Torch counts a method's `self` as an argument too many.
+    return lambda b, h, i, j: pattern.allows(b, h, i, j)
 
 
 def _score_mod(p: Problem) -> Callable[..., Tensor] | None:
@@ -124,7 +137,7 @@ def _block_mask(pattern: Pattern, batch: int, heads: int, nq: int, nk: int, devi
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return BlockMask.from_kv_blocks(
-            *lists[0], *lists[1], BLOCK_SIZE=BLOCK, mask_mod=pattern.allows, seq_lengths=(nq, nk)
+            *lists[0], *lists[1], BLOCK_SIZE=BLOCK, mask_mod=_mask_mod(pattern), seq_lengths=(nq, nk)
         )
 
 

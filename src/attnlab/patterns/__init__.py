@@ -5,6 +5,7 @@ from attnlab.patterns.combine import And, Not, Or, Shifted
 from attnlab.patterns.given import Explicit, Regions
 from attnlab.patterns.grid import Axial, Blocks, Halo, Neighborhood
 from attnlab.patterns.sequence import Causal, Dilated, Documents, Full, PowersOfTwo, Prefix, Sinks, Window
+from attnlab.patterns.speedup import Speedup, end_to_end, speedup
 
 __all__ = [
     "And",
@@ -25,5 +26,8 @@ __all__ = [
     "Regions",
     "Shifted",
     "Sinks",
+    "Speedup",
     "Window",
+    "end_to_end",
+    "speedup",
 ]
