@@ -85,7 +85,9 @@ def train(net: nn.Module, batch: int) -> Callable[[], object]:
     def call() -> None:
         net.train()
         net.zero_grad()
-        net(x).logsumexp(-1).sum().backward()
+        out = net(x)
+        logits = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, torch.Tensor)]
+        torch.stack([o.logsumexp(-1).sum() for o in logits]).sum().backward()
 
     return call
 
