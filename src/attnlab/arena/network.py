@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from attnlab import cards
 from attnlab.arena.task import CAUSAL, GRID, Task
 from attnlab.models.skeletons.plain import Encoder
+from attnlab.nn.multihead import MultiHead
+from attnlab.positions import Rotary
 
 NONE = "none"  # the control: the same network without any mechanism
 TOLERANCE = 0.02
@@ -41,7 +43,7 @@ class Network(nn.Module):
         self.blocks = Encoder(
             dim=width,
             depth=task.budget.depth,
-            mixer=lambda layer: mixer(mechanism, width, task.layout),
+            mixer=lambda layer: mixer(mechanism, width, task.layout, positions=task.positions),
             mlp_ratio=(hidden + 0.5) / width,
             norm=nn.RMSNorm,
         )
@@ -70,8 +72,8 @@ class OnMap(nn.Module):
         return self.mechanism(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
 
 
-def mixer(mechanism: str, width: int, layout: str) -> nn.Module:
-    """The mechanism as its card samples it, causal or not as the layout asks."""
+def mixer(mechanism: str, width: int, layout: str, *, positions: bool = False) -> nn.Module:
+    """The mechanism as its card samples it, causal or not as the layout asks; with rotary positions if it takes any."""
     if mechanism == NONE:
         return Nothing()
     card = cards.describe(mechanism)
@@ -79,9 +81,21 @@ def mixer(mechanism: str, width: int, layout: str) -> nn.Module:
     if card.kind is cards.Kind.FEATURES:
         return OnMap(cards.build(mechanism, width, **options))
     parameters = inspect.signature(cards.target(mechanism)).parameters
-    if "causal" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if passes_on or "causal" in parameters:
         options["causal"] = layout == CAUSAL
+    if positions and takes_positions(mechanism):
+        options["position"] = Rotary(options.get("head_dim") or width // options["heads"])
     return cards.build(mechanism, width, **options)
+
+
+def takes_positions(mechanism: str) -> bool:
+    """Whether it turns queries and keys by their positions when given some."""
+    target = cards.target(mechanism)
+    if not (isinstance(target, type) and issubclass(target, MultiHead)):
+        return False
+    parameters = inspect.signature(target).parameters.values()
+    return any(p.name == "position" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def why_not(card: cards.Card, task: type[Task]) -> str:

@@ -96,6 +96,7 @@ def _about(task: Task) -> dict:
         "metric": task.metric,
         "better": task.better,
         "layout": task.layout,
+        "positions": task.positions,
         "trivial": list(task.trivial()),
         **asdict(task.budget),
     }

@@ -57,6 +57,7 @@ class Task:
     metric: ClassVar[str]
     better: ClassVar[str] = "lower"
     layout: ClassVar[str] = CAUSAL
+    positions: ClassVar[bool] = False  # mechanisms that take positions get rotary ones
     beyond: ClassVar[bool] = False  # evaluated at lengths it was not trained at
     reads: ClassVar[str] = ""  # what `--data` may point at: "text", "images" or nothing
     extra: ClassVar[str] = ""  # the extra that brings the data
