@@ -128,6 +128,14 @@ class NeuralMemory(Mechanism):
             q, past = self.conv_q(q, past)
         return unit(_wide(split_heads(silu(q), self.heads))), past
 
+    def recall(self, x: Tensor, weights: Weights, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What a memory with these weights says to x `(B, N, C)`, unwritten; and the convolution's state."""
+        q, past = self.queries(x, past)
+        return self._say(self.memory.read(q, weights), x), past
+
+    def _say(self, heads: Tensor, x: Tensor) -> Tensor:
+        return self.wo(join_heads(self.norm(heads.to(x.dtype))) * self.gate(x).sigmoid())
+
     def forward(
         self,
         x: Tensor,
@@ -158,8 +166,7 @@ class NeuralMemory(Mechanism):
             out.append(y)
             place = (place + size) % self.chunk
             anchor = anchor if place else weights
-        o = self.norm(torch.cat(out, 2).to(x.dtype))
-        y = self.wo(join_heads(o) * self.gate(x).sigmoid())
+        y = self._say(torch.cat(out, 2), x)
         return y if state is None else (y, MemoryState(weights, momentum, anchor, place, past_q, past_kv))
 
 
