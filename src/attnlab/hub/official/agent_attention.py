@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnlab.hub.official import official
 from attnlab.hub.official.vit import PLAIN, flat
-from attnlab.hub.renaming import Rule, rename
+from attnlab.hub.renaming import Rule, load, rename
 from attnlab.models.vision import agent_vit as vision
 from attnlab.nn.tokens.agent import AgentAttention
 from attnlab.recipes.agent_sd import Merging, match, through_agents
@@ -56,7 +56,7 @@ class _Module:
         return agent_first(params)
 
     @staticmethod
-    def load(
+    def built(
         arguments: Mapping[str, Any], params: Mapping[str, Tensor], grid: tuple[int, int], **rest: Any
     ) -> tuple[AgentAttention, tuple[int, int]]:
         module = AgentAttention(
@@ -67,7 +67,7 @@ class _Module:
             dropout=arguments.get("attn_drop", 0.0),
             **rest,
         )
-        module.load_state_dict(agent_first(params))
+        load(module, agent_first(params))
         return module.eval(), grid
 
     @staticmethod
@@ -76,7 +76,7 @@ class _Module:
         return {"y": mechanism(inputs["x"], grid=grid)}
 
 
-@official(_REPOSITORY, "agent_deit.py AgentAttention")
+@official(_REPOSITORY, "agent_deit.py AgentAttention", ours=AgentAttention)
 class DeiTAttention(_Module):
     """Tokens (B, 1 + N, C), the class token first."""
 
@@ -84,7 +84,7 @@ class DeiTAttention(_Module):
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> tuple[AgentAttention, tuple[int, int]]:
         window = arguments.get("window", 14)
         bias = arguments.get("qkv_bias", False)
-        return _Module.load(arguments, params, (window, window), class_token=True, bias=bias)
+        return _Module.built(arguments, params, (window, window), class_token=True, bias=bias)
 
 
 @official(_REPOSITORY, "agent_swin.py AgentAttention")
@@ -94,7 +94,7 @@ class SwinAttention(_Module):
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> tuple[AgentAttention, tuple[int, int]]:
         height, width = arguments["window_size"]
-        return _Module.load(arguments, params, (height, width), bias=arguments.get("qkv_bias", True))
+        return _Module.built(arguments, params, (height, width), bias=arguments.get("qkv_bias", True))
 
 
 @official(_REPOSITORY, "agent_pvt.py AgentAttention")
@@ -105,10 +105,10 @@ class PVTAttention(_Module):
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> tuple[AgentAttention, tuple[int, int]]:
         side = int(arguments["num_patches"] ** 0.5)
         reduction, bias = arguments.get("sr_ratio", 1), arguments.get("qkv_bias", False)
-        return _Module.load(arguments, params, (side, side), reduction=reduction, bias=bias)
+        return _Module.built(arguments, params, (side, side), reduction=reduction, bias=bias)
 
 
-@official(_REPOSITORY, "agent_deit.py VisionTransformer")
+@official(_REPOSITORY, "agent_deit.py VisionTransformer", ours=vision.AgentDeiT)
 class AgentDeiT:
     """Images to logits."""
 
@@ -136,7 +136,7 @@ class AgentDeiT:
             num_classes=arguments.get("num_classes", 1000),
             drop_path=arguments.get("drop_path_rate", 0.0),
         )
-        model.load_state_dict(AgentDeiT.rename(params))
+        load(model, AgentDeiT.rename(params))
         return model
 
     @staticmethod
@@ -144,7 +144,7 @@ class AgentDeiT:
         return {"y": module(inputs["x"])}
 
 
-@official(_REPOSITORY, "AgentSwinTransformer")
+@official(_REPOSITORY, "AgentSwinTransformer", ours=vision.AgentSwin)
 class AgentSwin:
     """Images to logits."""
 
@@ -190,13 +190,13 @@ class AgentSwin:
             num_classes=arguments.get("num_classes", 1000),
             drop_path=arguments.get("drop_path_rate", 0.1),
         )
-        model.load_state_dict(AgentSwin.rename(params))
+        load(model, AgentSwin.rename(params))
         return model
 
     run = AgentDeiT.run
 
 
-@official(_REPOSITORY, "agent_pvt.py PyramidVisionTransformer")
+@official(_REPOSITORY, "agent_pvt.py PyramidVisionTransformer", ours=vision.AgentPVT)
 class AgentPVT:
     """Images to logits, for stages of type A."""
 
@@ -237,7 +237,7 @@ class AgentPVT:
             num_classes=arguments.get("num_classes", 1000),
             drop_path=arguments.get("drop_path_rate", 0.0),
         )
-        model.load_state_dict(AgentPVT.rename(params))
+        load(model, AgentPVT.rename(params))
         return model
 
     run = AgentDeiT.run
@@ -293,7 +293,7 @@ class AgentLayer:
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> partial[Tensor]:
         host = Host(params["to_q.weight"].shape[1], arguments.get("heads", 8))
-        host.load_state_dict(params)
+        load(host, params)
         rest = {"power": arguments.get("k_scale2", 0.3), "shortcut": arguments.get("k_shortcut", 0.075)}
         return partial(through_agents, host, **rest)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnlab.hub.official import official
-from attnlab.hub.renaming import Rule, rename
+from attnlab.hub.renaming import Rule, load, rename
 from attnlab.models.vision.vit import ViT
 
 PLAIN: tuple[Rule, ...] = (
@@ -31,7 +31,7 @@ def flat(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.reshape(t.shape[-axes[n] :]) if n in axes else t for n, t in params.items()}
 
 
-@official("huggingface/pytorch-image-models", "VisionTransformer")
+@official("huggingface/pytorch-image-models", "VisionTransformer", ours=ViT)
 @official("facebookresearch/deit", "VisionTransformer")
 class VisionTransformer:
     """Images to logits."""
@@ -56,7 +56,7 @@ class VisionTransformer:
             class_token="cls_token" in params,
             norm=partial(nn.LayerNorm, eps=1e-6),
         )
-        model.load_state_dict(VisionTransformer.rename(params))
+        load(model, VisionTransformer.rename(params))
         return model
 
     @staticmethod

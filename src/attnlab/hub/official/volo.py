@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnlab.hub.official import official
-from attnlab.hub.renaming import Rule, rename
+from attnlab.hub.renaming import Rule, load, rename
 from attnlab.models.skeletons.plain import TokenBlock
 from attnlab.models.vision.volo import VOLO as Ours
 from attnlab.models.vision.volo import ClassBlock as OurClassBlock
@@ -84,14 +84,14 @@ class _OnMaps:
         return {"y": module(x.flatten(1, 2), grid=tuple(x.shape[1:3])).view(x.shape)}
 
 
-@official(_REPOSITORY, "OutlookAttention")
+@official(_REPOSITORY, "OutlookAttention", ours=OurAttention)
 class OutlookAttention(_OnMaps):
     """On maps (B, H, W, C)."""
 
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> OurAttention:
         module = _outlook(arguments)
-        module.load_state_dict(_OnMaps.rename(params, module.kernel))
+        load(module, _OnMaps.rename(params, module.kernel))
         return module
 
 
@@ -112,7 +112,7 @@ class Attention(_OnMaps):
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> MultiHead:
         module = _softmax(arguments)
-        module.load_state_dict(_OnMaps.rename(params))
+        load(module, _OnMaps.rename(params))
         return module
 
 
@@ -136,7 +136,7 @@ def _block(
 ) -> TokenBlock:
     rates = {"mlp_ratio": arguments.get("mlp_ratio", mlp_ratio), "drop_path": arguments.get("drop_path", 0.0)}
     block = TokenBlock(arguments["dim"], mixer, **rates)
-    block.load_state_dict(params)
+    load(block, params)
     return block
 
 
@@ -154,7 +154,7 @@ class ClassAttention:
             scale=arguments.get("qk_scale"),
             dropout=arguments.get("attn_drop", 0.0),
         )
-        module.load_state_dict(rename(params, _BLOCK))
+        load(module, rename(params, _BLOCK))
         return module
 
     @staticmethod
@@ -178,7 +178,7 @@ class ClassBlock:
             scale=arguments.get("qk_scale"),
             drop_path=arguments.get("drop_path", 0.0),
         )
-        block.load_state_dict(rename(params, _BLOCK))
+        load(block, rename(params, _BLOCK))
         return block
 
     @staticmethod
@@ -187,7 +187,7 @@ class ClassBlock:
         return {"y": torch.cat((module(x[:, :1], x[:, 1:]), x[:, 1:]), dim=1)}
 
 
-@official(_REPOSITORY, "VOLO")
+@official(_REPOSITORY, "VOLO", ours=Ours)
 class VOLO:
     """Images to logits; in training to class logits, place logits and the mixed box."""
 
@@ -230,7 +230,7 @@ class VOLO:
             drop_path=arguments.get("drop_path_rate", 0.0),
             dropout=arguments.get("drop_rate", 0.0),
         )
-        model.load_state_dict(VOLO.rename(params, kernel))
+        load(model, VOLO.rename(params, kernel))
         return model
 
     @staticmethod
