@@ -1,4 +1,4 @@
-"""Patterns on a sequence: each is its sentence, they combine like sets, shift for decoding, refuse what does not fit."""
+"""Patterns on a sequence: each is its sentence; they combine like sets, shift for decoding, refuse what misfits."""
 
 import math
 
