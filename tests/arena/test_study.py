@@ -182,14 +182,14 @@ def test_the_remaining_time_is_that_of_like_jobs():
     jobs = [a_job("1"), a_job("2"), a_job("3", mechanism="other"), a_job("4", task="text")]
     forecast = Forecast(jobs, workers=2)
     forecast.note(Event(jobs[0]), now=0.0)
-    forecast.note(Event(jobs[0], 1.0, {}), now=10.0)
+    forecast.note(Event(jobs[0], 1.0, {"seconds": 10.0}), now=90.0)  # most of which the worker took to start
     assert forecast.done == 1
     assert forecast.remaining() == pytest.approx(3 * 10 / 2)
-    forecast.note(Event(jobs[2]), now=10.0)
-    forecast.note(Event(jobs[2], 1.0, {}), now=40.0)
+    forecast.note(Event(jobs[2], 0.01), now=90.0)
+    forecast.note(Event(jobs[2], 1.0, {}), now=120.0)
     assert forecast.expected(jobs[1]) == 10.0  # its own kind
     assert forecast.expected(jobs[3]) == 20.0  # nothing of its task: all
-    forecast.note(Event(jobs[1], 0.5), now=45.0)
+    forecast.note(Event(jobs[1], 0.5), now=125.0)
     assert forecast.remaining() == pytest.approx((5 + 20) / 2)
     assert 0 < forecast.share() < 1
 

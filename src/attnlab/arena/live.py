@@ -15,6 +15,8 @@ from attnlab.arena.jobs import TRIAL, Job
 from attnlab.arena.pool import Event
 from attnlab.arena.summary import number
 
+_A_GUESS = 5.0  # seconds of a job, before any has ended
+
 
 class Live:
     """`with Live(jobs, workers, console) as live: run(..., watch=live)`."""
@@ -84,12 +86,14 @@ class Forecast:
     def note(self, event: Event, now: float | None = None) -> None:
         now = time.monotonic() if now is None else now
         key = event.job.key
-        self.begun.setdefault(key, now)
+        if event.fraction:  # not when it was handed out: a worker that starts reads its data first
+            self.begun.setdefault(key, now)
         self.fractions[key] = event.fraction
         if event.record is not None and key in self.left:
             del self.left[key]
             self.done += 1
-            self.took.setdefault(_group(event.job), []).append(now - self.begun[key])
+            took = event.record.get("seconds") or now - self.begun[key]
+            self.took.setdefault(_group(event.job), []).append(took)
 
     def expected(self, job: Job) -> float:
         kind, task, mechanism = _group(job)
@@ -102,8 +106,7 @@ class Forecast:
             ]
             if times:
                 return fmean(times)
-        running = [(time.monotonic() - self.begun[key]) / f for key, f in self.fractions.items() if f > 0.05]
-        return fmean(running) if running else 5.0
+        return _A_GUESS
 
     def remaining(self) -> float:
         seconds = 0.0

@@ -47,6 +47,7 @@ class Sweep:
     decode: dict[int, float] = field(default_factory=dict)  # position → seconds of the next token
     growth: float | None = None  # of the time
     flops_growth: float | None = None
+    seconds: float | None = None  # that all of it took
 
     def record(self) -> dict:
         return asdict(self)
@@ -60,6 +61,7 @@ def run_sweep(
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Sweep:
     """Measures; a length that would not fit or would take too long is left out with its reason."""
+    start = time.perf_counter()
     width = WIDTH[budget]
     sweep = Sweep(mechanism, layout, width)
     try:
@@ -73,6 +75,7 @@ def run_sweep(
                 sweep.decode = {at: _decode(module, at, width, device) for at in DECODE_AT}
     except Exception as error:  # whatever a mechanism raises is its own result
         sweep.status, sweep.reason = "failed", f"{type(error).__name__}: {error}"[:300]
+    sweep.seconds = time.perf_counter() - start
     timed = [point for point in sweep.points if point.seconds][-2:]  # the longest: short ones measure the overhead
     if len(timed) == 2:
         sweep.growth = fit_growth([p.length for p in timed], [p.seconds for p in timed if p.seconds])
