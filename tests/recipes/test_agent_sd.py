@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnlab.recipes.agent_sd import Phase, agent_attention, agent_sd, match, phase
+from attnlab.recipes.agent_sd import Phase, agent_attention, agent_sd, match, phase, through_agents
 
 
 def image(height: int = 6, width: int = 8, batch: int = 2) -> Tensor:
@@ -120,6 +120,15 @@ def test_patches_fine_self_attention_alone_and_leaves_the_model_as_it_was() -> N
     assert torch.equal(before, after)
     assert not torch.equal(before, merged)
     assert not torch.equal(merged, through)
+
+
+@pytest.mark.parametrize("agents", [None, 3])
+def test_without_few_enough_agents_it_is_softmax_attention(agents: int | None) -> None:
+    layer, x = Attention(4), torch.randn(2, 6, 4)
+    q, k, v = (project(x).unflatten(-1, (2, 2)).transpose(1, 2) for project in (layer.to_q, layer.to_k, layer.to_v))
+    wanted = layer.to_out[0](((q @ k.transpose(-2, -1) * layer.scale).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    given = None if agents is None else torch.randn(2, agents, 4)
+    torch.testing.assert_close(through_agents(layer, x, given), wanted)
 
 
 def test_the_model_is_restored_after_an_error() -> None:

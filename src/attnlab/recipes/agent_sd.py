@@ -211,14 +211,32 @@ def agent_sd(
             layer.__dict__.pop("forward", None)
 
 
-def through_agents(layer: Any, x: Tensor, agents: Tensor, *, power: float = 0.3, shortcut: float = 0.075) -> Tensor:
-    """A host's attention layer on x (B, N, C), with agents (B, n, C) that pass through its query projection."""
-    q, k, v, a = (
+def through_agents(
+    layer: Any,
+    x: Tensor,
+    agents: Tensor | None,
+    context: Tensor | None = None,
+    *,
+    power: float = 0.3,
+    shortcut: float = 0.075,
+) -> Tensor:
+    """A host's attention layer on x (B, N, C), with agents (B, n, C) that pass through its query projection.
+
+    With no agents, or no fewer than half of the tokens, it is the layer's own softmax attention.
+    """
+    source = x if context is None else context
+    q, k, v = (
         split_heads(project(t), layer.heads)
-        for project, t in ((layer.to_q, x), (layer.to_k, x), (layer.to_v, x), (layer.to_q, agents))
+        for project, t in ((layer.to_q, x), (layer.to_k, source), (layer.to_v, source))
     )
-    y = join_heads(agent_attention(q, k, v, a, scale=getattr(layer, "scale", None), power=power, shortcut=shortcut))
+    scale = getattr(layer, "scale", None)
+    if agents is None or 2 * agents.shape[1] >= x.shape[1]:
+        heads = attend(q, k, v, scale=scale)
+    else:
+        a = split_heads(layer.to_q(agents), layer.heads)
+        heads = agent_attention(q, k, v, a, scale=scale, power=power, shortcut=shortcut)
+    y = join_heads(heads)
     out = layer.to_out
-    for step in out if isinstance(out, nn.ModuleList) else (out,):  # diffusers keeps (linear, dropout) in a list
+    for step in out if isinstance(out, (nn.ModuleList, nn.Sequential)) else (out,):  # (linear, dropout), as a list
         y = step(y)
     return y

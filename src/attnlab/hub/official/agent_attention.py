@@ -299,4 +299,4 @@ class AgentLayer:
 
     @staticmethod
     def run(module: partial[Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"y": module(inputs["x"], inputs["agent"])}
+        return {"y": module(inputs["x"], inputs.get("agent"), inputs.get("context"))}
