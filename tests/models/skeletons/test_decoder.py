@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import attnlab
 from attnlab.cards import STREAMING, TOKENS
-from attnlab.hub.official.llama import CausalLM, decoder
+from attnlab.hub.checkpoints import load_official
+from attnlab.hub.official.llama import CausalLM
 from attnlab.models.skeletons.decoder import Decoder, sample
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.sparse.streaming_llm import SlidingWindow
@@ -78,7 +80,7 @@ def test_equals_transformers_with_the_same_weights() -> None:
         )
 
 
-def test_reads_transformers_layout_with_a_tied_head() -> None:
+def test_reads_a_checkpoint_in_transformers_layout_with_a_tied_head(tmp_path) -> None:
     m = make(tied=True)
     theirs = {}
     for name, tensor in m.state_dict().items():
@@ -98,7 +100,8 @@ def test_reads_transformers_layout_with_a_tied_head() -> None:
     theirs["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     other = make(tied=True)
     nn.init.zeros_(other.embedding.weight)
-    other.load_state_dict(decoder(theirs))
+    save_file({n: t.contiguous() for n, t in theirs.items()}, tmp_path / "model.safetensors")
+    load_official(other, tmp_path / "model.safetensors")
     text = ids()
     assert torch.equal(other(text), m(text))
 
@@ -106,7 +109,7 @@ def test_reads_transformers_layout_with_a_tied_head() -> None:
 @pytest.mark.parametrize("name", attnlab.names(kind=TOKENS, capability=STREAMING))
 def test_every_streaming_mechanism_streams_in_it(name: str) -> None:
     options = {k: v for k, v in attnlab.describe(name).sample.items() if k not in ("heads", "kv_heads")}
-    m, text = make(mixer=name, mixer_options=options), ids(20)
+    m, text = make(kv_heads=None, mixer=name, mixer_options=options), ids(20)
     state, out = m.initial_state(2), []
     with torch.no_grad():
         for piece in text.split([9, 1, 1, 9], 1):

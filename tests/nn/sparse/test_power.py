@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnlab.cost import count_flops
+from attnlab.models.skeletons.decoder import Decoder
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.sparse.power import PowerAttention
 from attnlab.patterns import Dilated, Explicit, Pattern, PowersOfTwo, Window
@@ -82,6 +83,15 @@ def test_other_patterns_of_the_same_price_reach_less() -> None:
     assert not dilated.reach(n, n)[n - 1, odd].any()
 
 
+def test_strides_need_a_root_of_n_keys_where_powers_need_a_logarithm() -> None:
+    n, root = 256, 16
+    strided, power = Window(root) | Dilated(root), PowersOfTwo(block=1, window=1, sinks=0)
+    assert strided.reach(2, n)[n - 1].all()
+    assert int(strided.matrix(n).sum(-1).max()) == 2 * root - 1
+    assert int(power.matrix(n).sum(-1).max()) == 9
+    assert power.reach(8, n)[n - 1].all()
+
+
 def test_three_tokens_see_each_other_all() -> None:
     assert PowersOfTwo(block=1, window=1, sinks=0).matrix(3).equal(torch.ones(3, 3).bool().tril())
 
@@ -133,3 +143,44 @@ def test_it_only_looks_back() -> None:
         make(causal=False)
     with pytest.raises(ValueError, match="block must be"):
         make(block=0)
+
+
+def accuracy(mixer: str, options: dict, *, depth: int = 3, length: int = 40, steps: int = 500) -> dict[int, float]:
+    """How often a small decoder names a key that it read some tokens ago, by that distance."""
+    keys, mark, ask, fill = 8, 8, 9, 10
+    torch.manual_seed(0)
+    model = Decoder(vocabulary=13, dim=32, depth=depth, heads=2, mixer=mixer, mixer_options=options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def texts(count: int, distance: Tensor) -> tuple[Tensor, Tensor]:
+        ids, key, row = torch.randint(fill, 13, (count, length)), torch.randint(keys, (count,)), torch.arange(count)
+        ids[row, length - 1 - distance] = key
+        ids[row, length - 2 - distance] = mark
+        ids[:, -1] = ask
+        return ids, key
+
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, step / 30, 4 * (1 - step / steps))
+        reach = max(4, int((length - 2) * min(1.0, 2 * step / steps)))
+        ids, key = texts(32, torch.randint(1, reach, (32,)))
+        loss = nn.functional.cross_entropy(model(ids, last=True)[:, 0], key)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = {}
+    with torch.no_grad():
+        for distance in (2, 36):
+            ids, key = texts(256, torch.full((256,), distance))
+            found[distance] = (model(ids, last=True)[:, 0].argmax(-1) == key).float().mean().item()
+    return found
+
+
+@pytest.mark.slow
+def test_a_passkey_travels_where_a_window_of_the_same_price_cannot_bring_it() -> None:
+    """The paper's claim: beyond depth · (window − 1) a window guesses, one of eight; powers of two find the key."""
+    power = accuracy("power", dict(block=1, window=1, sinks=0))
+    window = accuracy("sliding_window", dict(window=7, sinks=0))
+    assert power[2] > 0.9 and window[2] > 0.9
+    assert power[36] > 0.5
+    assert window[36] < 0.3  # 3 layers of 6 tokens end at 18; chance is 0.125
