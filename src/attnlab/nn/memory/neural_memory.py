@@ -45,7 +45,7 @@ def pieces(place: int, length: int, chunk: int) -> list[int]:
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N",
         growth=1.0,
-        sample=dict(heads=4, chunk=8),
+        sample=dict(heads=4, chunk=13),
     )
 )
 class NeuralMemory(Mechanism):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, STREAMING, TOKENS, Card, register
@@ -31,7 +32,7 @@ def _card(name: str, **sample: Any) -> Card:
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N w",
         growth=1.0,
-        sample=dict(heads=4, persistent=3, memory=dict(chunk=5), **sample),
+        sample=dict(heads=4, persistent=3, memory=dict(chunk=13), **sample),
     )
 
 
@@ -189,7 +190,7 @@ class ContextState(NamedTuple):
     length: int
 
 
-@register(_card("titans_mac", segment=8))
+@register(_card("titans_mac", segment=16))
 class MemoryAsContext(_Titan):
     """Attention within segments that also reads what a neural memory says of earlier ones (Titans' MAC).
 
@@ -240,7 +241,7 @@ class MemoryAsContext(_Titan):
         return ContextState(memory, memory.weights, memory.past_q, keys, values, 0)
 
     def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.wkv(x).chunk(2, -1)
+        k, v = linear(x, self.wkv.weight).chunk(2, -1)
         return split_heads(k, self.heads), split_heads(v, self.heads)
 
     def forward(
