@@ -10,6 +10,7 @@ from attnlab.attend import attend, explain, pose
 from attnlab.cost import count_flops, fit_growth
 from attnlab.patterns import Causal, Full, Window
 from attnlab.routing import Clusters, Partition, Routed, ThresholdBlocks, TopKBlocks, block_scores, kmeans
+from attnlab.weightings import Softmax
 
 
 def heads(n=40, *, batch=2, h=4, kv=2, dim=8, value_dim=6, dtype=torch.float64, size=1.0, nk=None):
@@ -246,11 +247,14 @@ ROUTES = [
     ThresholdBlocks(0.3, block=16, scope="head"),
     ThresholdBlocks(0.4, block=8, query_block=1, lengths=(13, 37)),
     ThresholdBlocks(0.4, block=20, lengths=(33, 17)),
+    Clusters(4),
+    Clusters(5, size=13),
+    Clusters(3, causal=True),
 ]
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0], ids=["", "large scores"])
-@pytest.mark.parametrize("route", ROUTES, ids=lambda r: f"{type(r).__name__}-{r.block}-{r.query_block}-{r.causal}")
+@pytest.mark.parametrize("route", ROUTES, ids=str)
 def test_the_lists_equal_the_oracle_in_output_lse_and_gradients(route, size):
     tensors = tuple(x.requires_grad_() for x in heads(50, size=size))
     chosen = route.select(*tensors[:2])
@@ -262,6 +266,49 @@ def test_the_lists_equal_the_oracle_in_output_lse_and_gradients(route, size):
         found.append((out, lse, *torch.autograd.grad(loss, tensors)))
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9 * size)
+
+
+@pytest.mark.parametrize("weighting", ["sigmoid", "relu", "none", Softmax(off=1.0)], ids=str)
+@pytest.mark.parametrize("route", [ROUTES[3], ROUTES[4], ROUTES[-2]], ids=str)
+def test_any_weighting_equals_the_oracle(route, weighting):
+    tensors = tuple(x.requires_grad_() for x in heads(50))
+    chosen = route.select(*tensors[:2])
+    found = []
+    for backend in ("routed", "reference"):
+        out = attend(*tensors, pattern=chosen, weighting=weighting, backend=backend)
+        found.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighting", ["softmax", "sigmoid"])
+def test_dropout_is_the_same_forward_and_backward_and_keeps_the_mean(weighting):
+    q, k, v = heads(48, batch=1, h=2, kv=1)
+    chosen = TopKBlocks(2, block=16).select(q, k)
+
+    def dropped(v):
+        torch.manual_seed(3)
+        return attend(q, k, v, pattern=chosen, weighting=weighting, dropout=0.4, backend="routed")
+
+    # The output is linear in the values, so its gradient gives it back if the same weights were dropped.
+    v.requires_grad_()
+    out = dropped(v)
+    (gradient,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close((gradient * v).sum(), out.sum())
+    q.requires_grad_()
+    slope = torch.autograd.grad(dropped(v).square().sum(), q)[0][0, 1, 20, 3]
+    step = torch.zeros_like(q)
+    step[0, 1, 20, 3] = 1e-5
+    with torch.no_grad():
+        q += step
+        more = dropped(v).square().sum()
+        q -= 2 * step
+        less = dropped(v).square().sum()
+        q += step
+    torch.testing.assert_close((more - less) / 2e-5, slope, rtol=1e-6, atol=1e-6)
+    plain = attend(q, k, v, pattern=chosen, weighting=weighting)
+    mean = sum(attend(q, k, v, pattern=chosen, weighting=weighting, dropout=0.4, backend="routed") for _ in range(300))
+    assert (mean / 300 - plain).abs().mean() < 0.1 * plain.abs().mean()
 
 
 @pytest.mark.parametrize("query_block", [1, 16])

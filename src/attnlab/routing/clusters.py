@@ -36,6 +36,12 @@ class Clustered(Chosen):
             seen = seen | (self.queries[..., cluster][b, h, q] & self.keys[..., cluster][b, kv, k])
         return seen
 
+    def density(self, nq: int | None = None, nk: int | None = None) -> float:
+        """The share of pairs within clusters, over all batches and heads; pairs that share several count for each."""
+        repeat = self.queries.shape[1] // self.keys.shape[1]
+        pairs = self.queries.sum(2) * self.keys.sum(2).repeat_interleave(repeat, 1)
+        return min(1.0, float(pairs.sum(-1).double().mean()) / (self.queries.shape[2] * self.keys.shape[2]))
+
     def __repr__(self) -> str:
         return f"Clustered({self.queries.shape[-1]} clusters of {int(self.keys[0, 0, :, 0].sum())} keys)"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnlab.backends.routed.plan import Group, Plan
+from attnlab.weightings import SOFTMAX, Elementwise, Weighting
 
 # Scores of one step and core: with what they are made from, they stay in its second-level cache.
 STEP_BYTES = 2**20
@@ -18,23 +20,40 @@ STEP_BYTES = 2**20
 SAFE = 60.0
 
 
-def routed_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention of `q (B, H, Nq, D)` over the keys that the plan lists; differentiable in q, k and v.
+def routed_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, weighting: Weighting = SOFTMAX, dropout: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of `q (B, H, Nq, D)` over the keys that the plan lists; differentiable in q, k and v.
 
-    Returns out `(B, H, Nq, Dv)` and lse `(B, H, Nq)`, both differentiable; zeros and −inf for a query without keys.
+    Returns out `(B, H, Nq, Dv)`, zeros for a query without keys, and for softmax the differentiable lse `(B, H, Nq)`.
     Half precision is computed in float32. Cost: 2·pairs·(D + Dv) FLOPs, memory O(N) beside the inputs.
     """
-    out, lse = _RoutedAttention.apply(q, k, v, plan, scale)
-    return out, lse
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    how = _How(scale, weighting, dropout, seed)
+    out, lse = _RoutedAttention.apply(q, k, v, plan, how)
+    return out, lse if how.normalised else None
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is made of a product of a query and a key."""
+
+    scale: float
+    weighting: Weighting
+    dropout: float
+    seed: int
+
+    @property
+    def normalised(self) -> bool:
+        return self.weighting.normalised
 
 
 class _RoutedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Any:
-        flat = _Flat(q, k, v, plan, scale)
-        out, lse = flat.forward()
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, how: _How) -> Any:
+        out, lse = _Flat(q, k, v, plan, how).forward()
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.how = plan, how
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -48,19 +67,21 @@ class _RoutedAttention(torch.autograd.Function):
         shift = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         if grad_lse is not None:
             shift = shift - grad_lse
-        return (*_Flat(q, k, v, ctx.plan, ctx.scale).backward(grad_out, lse, shift), None, None)
+        return (*_Flat(q, k, v, ctx.plan, ctx.how).backward(grad_out, lse, shift), None, None)
 
 
 class _Flat:
     """Scaled q, k and v as flat tokens, and the two passes over the tiles."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
-        self.plan, self.scale = plan, scale
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, how: _How) -> None:
+        self.plan, self.how = plan, how
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.dtype, self.device = q.dtype, q.device
         self.q_shape, self.kv_shape = (q.shape[0], q.shape[1]), (k.shape[0], k.shape[1])
-        self.q, self.k, self.v = self._queries(q.to(self.wide) * scale), plan.keys.pad(k), plan.keys.pad(v)
+        self.q, self.k, self.v = self._queries(q.to(self.wide) * how.scale), plan.keys.pad(k), plan.keys.pad(v)
         self.buffers: dict[str, Tensor] = {}
+        # Both passes drop the same weights: they visit the tiles in the same order.
+        self.random = torch.Generator(self.device).manual_seed(how.seed) if how.dropout else None
 
     def _queries(self, x: Tensor) -> Tensor:
         """The queries' tokens, and one more that nobody is, with which tiles of single queries are filled up."""
@@ -82,8 +103,10 @@ class _Flat:
             rows, columns = group.shape
             step = max(1, STEP_BYTES // (rows * columns * self.wide.itemsize)) * threads
             for at in range(0, len(group.keys), step):
-                mask = group.mask if group.mask is None or len(group.mask) == 1 else group.mask[at : at + step]
-                yield Group(group.queries[at : at + step], group.keys[at : at + step], group.rows, group.columns, mask)
+                hidden = group.hidden
+                hidden = hidden if hidden is None or len(hidden) == 1 else hidden[at : at + step]
+                listed = group.queries[at : at + step], group.keys[at : at + step]
+                yield Group(*listed, group.rows, group.columns, hidden)
 
     def _space(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Working memory that all steps share: fresh memory for each would cost as much as computing in it."""
@@ -114,12 +137,40 @@ class _Flat:
         q = self._take("q", self.q, tiles.queries, tiles.rows)
         k = self._take("k", self.k, tiles.keys, tiles.columns)
         scores = self._product("scores", q, k.transpose(1, 2))
-        if tiles.mask is not None:
-            scores += tiles.mask
+        if tiles.hidden is not None and self.how.normalised:
+            scores.masked_fill_(tiles.hidden, -math.inf)
         return q, k, scores
+
+    def _weights(self, tiles: Group, scores: Tensor, shift: Tensor | None) -> Tensor:
+        """exp(scores − shift of the query) in place, or what another weighting makes of the scores."""
+        weighting = self.how.weighting
+        if isinstance(weighting, Elementwise):
+            weights = weighting.apply(scores, self.plan.keys.blocks.length)
+            return weights if tiles.hidden is None else weights.masked_fill_(tiles.hidden, 0.0)
+        if shift is not None:
+            scores -= self._take("shift", shift, tiles.queries, tiles.rows)
+        return scores.exp_()
+
+    def _slope(self, tiles: Group, scores: Tensor, weights: Tensor, grad: Tensor, shift: Tensor) -> Tensor:
+        """The gradient of the scores in place of that of the weights."""
+        weighting = self.how.weighting
+        if isinstance(weighting, Elementwise):
+            grad *= weighting.derivative(scores, weights, self.plan.keys.blocks.length)
+            return grad if tiles.hidden is None else grad.masked_fill_(tiles.hidden, 0.0)
+        grad -= self._take("shift", shift, tiles.queries, tiles.rows)
+        return grad.mul_(weights)
+
+    def _kept(self, like: Tensor) -> Tensor | None:
+        """What dropout multiplies the next tiles' weights by."""
+        if self.random is None:
+            return None
+        keep = 1 - self.how.dropout
+        return torch.empty_like(like).bernoulli_(keep, generator=self.random).div_(keep)
 
     def _highest(self) -> Tensor | None:
         """The highest score of each query; None where no score can be so large that it had to be subtracted."""
+        if not self.how.normalised:
+            return None
         longest = [torch.linalg.vector_norm(x, dim=-1).amax().item() for x in (self.q, self.k)]
         if longest[0] * longest[1] <= SAFE:
             return None
@@ -134,12 +185,12 @@ class _Flat:
         highest = self._highest()
         out, total = self._zeros(self.q, self.v.shape[1]), self._zeros(self.q, 1)
         for tiles in self._steps():
-            scores = self._scores(tiles)[2]
-            if highest is not None:
-                scores -= self._take("highest", highest, tiles.queries, tiles.rows)
-            weights = scores.exp_()
+            weights = self._weights(tiles, self._scores(tiles)[2], highest)
+            if self.how.normalised:
+                self._add(total, tiles.queries, tiles.rows, weights.sum(-1))
+            kept = self._kept(weights)
+            weights = weights if kept is None else weights * kept
             v = self._take("v", self.v, tiles.keys, tiles.columns)
-            self._add(total, tiles.queries, tiles.rows, weights.sum(-1))
             self._add(out, tiles.queries, tiles.rows, self._product("out", weights, v))
         lse = total.log() if highest is None else total.log() + highest
         out.div_(total.masked_fill_(total == 0, 1.0))
@@ -155,13 +206,14 @@ class _Flat:
             q, k, scores = self._scores(tiles)
             v = self._take("v", self.v, tiles.keys, tiles.columns)
             grad = self._take("grad", grads, tiles.queries, tiles.rows)
-            scores -= self._take("lse", lse, tiles.queries, tiles.rows)
-            weights = scores.exp_()
-            self._add(grad_v, tiles.keys, tiles.columns, self._product("out", weights.transpose(1, 2), grad))
+            weights = self._weights(tiles, scores, lse)
+            kept = self._kept(weights)
+            used = weights if kept is None else weights * kept
+            self._add(grad_v, tiles.keys, tiles.columns, self._product("out", used.transpose(1, 2), grad))
             slope = self._product("slope", grad, v.transpose(1, 2))
-            slope -= self._take("shift", shift, tiles.queries, tiles.rows)
-            slope *= weights
+            slope = slope if kept is None else slope.mul_(kept)
+            slope = self._slope(tiles, scores, weights, slope, shift)
             self._add(grad_q, tiles.queries, tiles.rows, self._product("out", slope, k))
             self._add(grad_k, tiles.keys, tiles.columns, self._product("out", slope.transpose(1, 2), q))
         back_k, back_v = (self.plan.keys.unpad(x, self.kv_shape).to(self.dtype) for x in (grad_k, grad_v))
-        return (self._results(grad_q) * self.scale).to(self.dtype), back_k, back_v
+        return (self._results(grad_q) * self.how.scale).to(self.dtype), back_k, back_v

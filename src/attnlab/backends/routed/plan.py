@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnlab.patterns import And, Causal, Full, Pattern
-from attnlab.routing import Partition, Routed
+from attnlab.routing import Clustered, Partition, Routed
 
 # Queries that choose in blocks of at least so many are computed by rows.
 ROWS_FROM = 16
@@ -37,14 +37,14 @@ _ASKED = 2**22
 class Group:
     """Tiles of one shape. `queries (T, m)` and `keys (T, n)` are numbers of units, of `rows` and `columns` tokens.
 
-    `mask`, added to the scores, is `(T or 1, m·rows or 1, n·columns)`: 0 and −inf.
+    `hidden (T or 1, m·rows or 1, n·columns)` is True for pairs that are not seen.
     """
 
     queries: Tensor
     keys: Tensor
     rows: int
     columns: int
-    mask: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,14 +112,14 @@ class Padding:
         return x.index_select(2, place)  # places are in the order of their tokens
 
 
-def parts(pattern: Pattern) -> tuple[Routed, tuple[Pattern, ...]] | None:
-    """The one choice of blocks in `pattern` and what else must hold; None if it is not of that form."""
+def parts(pattern: Pattern) -> tuple[Routed | Clustered, tuple[Pattern, ...]] | None:
+    """The one choice in `pattern` and what else must hold; None if it is not of that form."""
     leaves = list(_leaves(pattern))
-    routed = [p for p in leaves if isinstance(p, Routed)]
-    rest = dict.fromkeys(p for p in leaves if not isinstance(p, (Routed, Full)))
-    if len(routed) != 1 or any(p.per_batch or p.per_head for p in rest):
+    chosen = [p for p in leaves if isinstance(p, (Routed, Clustered))]
+    rest = dict.fromkeys(p for p in leaves if not isinstance(p, (Routed, Clustered, Full)))
+    if len(chosen) != 1 or any(p.per_batch or p.per_head for p in rest):
         return None
-    return routed[0], tuple(rest)
+    return chosen[0], tuple(rest)
 
 
 def _leaves(pattern: Pattern) -> Iterator[Pattern]:
@@ -130,14 +130,14 @@ def _leaves(pattern: Pattern) -> Iterator[Pattern]:
         yield pattern
 
 
-def plan(routed: Routed, rest: tuple[Pattern, ...], batch: int, heads: int, kv_heads: int) -> Plan:
+def block_plan(routed: Routed, rest: tuple[Pattern, ...], batch: int, heads: int, kv_heads: int) -> Plan:
     """The tiles of a choice of blocks, narrowed by the static patterns `rest`."""
     device = routed.table.device
     table = routed.table.expand(batch, heads, -1, -1)
     by_rows = routed.queries.size >= ROWS_FROM
     queries, keys = Padding.of(routed.queries, device, single=not by_rows), Padding.of(routed.keys, device)
     some, whole = _cover(rest, routed.queries, keys, device)
-    first = _first_unit(batch, heads, kv_heads, device)
+    first = first_unit(batch, heads, kv_heads, device)
     groups: list[Group] = []
     if not by_rows:
         parts = (table & whole, None), (table & (some & ~whole), rest)
@@ -185,9 +185,9 @@ def _masked(
     """Tiles of one query block and one key block of which a part is seen."""
     head, query, block = table.flatten(0, 1).nonzero().unbind(1)
     if len(head):
-        mask = _mask(query[:, None], block[:, None], rest, queries, keys)
+        hidden = _hidden(query[:, None], block[:, None], rest, queries, keys)
         units = (head * queries.count + query)[:, None], (first[head] * keys.count + block)[:, None]
-        yield Group(*units, queries.size, keys.size, mask)
+        yield Group(*units, queries.size, keys.size, hidden)
 
 
 def _by_columns(
@@ -211,20 +211,20 @@ def _by_columns(
     listed = listed.view(-1, TILE)
     owner = torch.repeat_interleave(torch.arange(len(tiles), device=device), tiles)
     head, block = owner // keys.count, owner % keys.count
-    mask = None
+    hidden = None
     if rest is not None:
-        mask = _mask(listed % queries.count, block[:, None], rest, queries, keys)
-    yield Group(listed, (first[head] * keys.count + block)[:, None], 1, keys.size, mask)
+        hidden = _hidden(listed % queries.count, block[:, None], rest, queries, keys)
+    yield Group(listed, (first[head] * keys.count + block)[:, None], 1, keys.size, hidden)
 
 
-def _first_unit(batch: int, heads: int, kv_heads: int, device: torch.device) -> Tensor:
+def first_unit(batch: int, heads: int, kv_heads: int, device: torch.device) -> Tensor:
     """The number b·Hkv + h·Hkv/H of the keys of each (b·H + h)."""
     b, h = torch.arange(batch, device=device)[:, None], torch.arange(heads, device=device)
     return (b * kv_heads + h // (heads // kv_heads)).flatten()
 
 
-def _mask(units: Tensor, blocks: Tensor, rest: tuple[Pattern, ...], queries: Padding, keys: Padding) -> Tensor:
-    """What to add to the scores of query units `(T, m)` with key blocks `(T, n)`."""
+def _hidden(units: Tensor, blocks: Tensor, rest: tuple[Pattern, ...], queries: Padding, keys: Padding) -> Tensor:
+    """Which pairs of query units `(T, m)` and key blocks `(T, n)` are not seen."""
     if rest == (Causal(),) and units.shape[1] == blocks.shape[1] == 1 and queries.token is None and keys.token is None:
         # All that counts is how far the block lies behind the queries.
         distance = units * queries.size - blocks * keys.size
@@ -232,15 +232,18 @@ def _mask(units: Tensor, blocks: Tensor, rest: tuple[Pattern, ...], queries: Pad
             units, blocks = units[:1], blocks[:1]
     kinds, inverse = torch.cat([units, blocks], 1).unique(dim=0, return_inverse=True)
     q, k = _tokens(queries, kinds[:, : units.shape[1]]), _tokens(keys, kinds[:, units.shape[1] :])
-    masks = []
+    pieces = zip(*(x.split(max(1, _ASKED // (q.shape[1] * k.shape[1]))) for x in (q, k)), strict=True)
+    hidden = torch.cat([~seen(rest, *piece) for piece in pieces])
+    return hidden if len(hidden) == 1 else hidden[inverse]
+
+
+def seen(rest: tuple[Pattern, ...], q: Tensor, k: Tensor) -> Tensor:
+    """Which pairs of query tokens `(T, m)` and key tokens `(T, n)`, −1 in padding, are seen: `(T, m or 1, n)`."""
     zero = torch.zeros((), dtype=torch.long, device=k.device)
-    for some, listed in zip(*(x.split(max(1, _ASKED // (q.shape[1] * k.shape[1]))) for x in (q, k)), strict=True):
-        seen = (listed >= 0)[:, None]
-        for pattern in rest:
-            seen = seen & pattern.allows(zero, zero, some.clamp_min(0)[:, :, None], listed.clamp_min(0)[:, None])
-        masks.append(torch.zeros(seen.shape, device=k.device).masked_fill_(~seen, -torch.inf))
-    mask = torch.cat(masks)
-    return mask if len(mask) == 1 else mask[inverse]
+    found = (k >= 0)[:, None]
+    for pattern in rest:
+        found = found & pattern.allows(zero, zero, q.clamp_min(0)[:, :, None], k.clamp_min(0)[:, None])
+    return found
 
 
 def _tokens(side: Padding, units: Tensor) -> Tensor:
