@@ -248,4 +248,6 @@ def test_the_cache_of_another_batch_or_model_is_refused_unharmed() -> None:
             make(causal=True, kv_heads=1)(x, state=state)
         with pytest.raises(ValueError, match="at most 4"):
             m(tokens(5), state=KVCache(limit=4))
+        with pytest.raises(TypeError, match="pattern must be a Pattern"):
+            m(x, state=state, pattern=torch.ones(4, 4))
         assert state.length == 4

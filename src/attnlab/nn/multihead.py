@@ -76,7 +76,7 @@ class MultiHead(Mechanism):
 
     @property
     def on_grid(self) -> bool:
-        """Whether the position wants the tokens' grid."""
+        """Whether the position wants the grid on which the tokens lie."""
         return getattr(self.position, "on_grid", False)
 
     def qkv(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +100,7 @@ class MultiHead(Mechanism):
             q, k = self.position(q, k, offset) if grid is None else self.position(q, k, offset, grid=grid)
         return q, k, v
 
-    def bias(self, q: Tensor, k: Tensor, offset: int = 0) -> Bias | None:
+    def position_bias(self, q: Tensor, k: Tensor, offset: int = 0) -> Bias | None:
         """What the position adds to the scores, if it does."""
         bias = self.position.bias(q.shape[2], k.shape[2], offset) if isinstance(self.position, Position) else None
         return bias.to(q.dtype) if isinstance(bias, Tensor) else bias
@@ -136,7 +136,7 @@ class MultiHead(Mechanism):
 
         `x` are the queries' tokens, the first of them at position `offset`, as `pattern` knows; k and v are from 0 on.
         """
-        dropout, bias = self.dropout if self.training else 0.0, self.bias(q, k, offset)
+        dropout, bias = self.dropout if self.training else 0.0, self.position_bias(q, k, offset)
         if state is None or q.shape[2] > 1 or (pattern is not None and (pattern.per_head or pattern.per_batch)):
             return attend(q, k, v, pattern=pattern, bias=bias, dropout=dropout)
         # A decoding step is over before a planner has thought about its length, which it never saw before.
@@ -167,10 +167,10 @@ class MultiHead(Mechanism):
         if state is not None:
             self.refuse(context=context)
             offset = state.length
+        where = self.where(pattern, offset, x.shape[1])
         q, k, v = self.project(x, context, offset, grid=grid if self.on_grid else None)
         if state is not None:
             k, v = state.append(k, v)
-        where = self.where(pattern, offset, x.shape[1])
         y = self.merge(self.after(self.mix(q, k, v, x=x, pattern=where, offset=offset, state=state), x))
         return y if state is None else (y, state)
 

@@ -77,6 +77,13 @@ def test_sinks_in_the_cache_stand_right_before_the_window() -> None:
     torch.testing.assert_close(m(x), m.merge(torch.cat(out, 2)))
 
 
+@pytest.mark.parametrize("places", ["text", "cache"])
+def test_weights_are_those_that_mix_the_values(places: str) -> None:
+    m, x = make(causal=True, position=Rotary(6), places=places), tokens()
+    values = m.qkv(x)[2].repeat_interleave(2, 1)
+    torch.testing.assert_close(m.merge(m.weights(x) @ values), m(x))
+
+
 def test_no_distance_in_the_cache_exceeds_what_was_trained() -> None:
     """The output at the end of a long text is what a short text of the sinks and the window alone gives."""
     m, x = make(causal=True, position=Rotary(6), places="cache"), tokens(200)

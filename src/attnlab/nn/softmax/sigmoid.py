@@ -97,7 +97,7 @@ class SigmoidAttention(MultiHead):
         state: KVCache | None = None,
     ) -> Tensor:
         heat = math.exp(self.temperature)
-        bias = self.bias(q, k, offset)
+        bias = self.position_bias(q, k, offset)
         if bias is not None and heat != 1.0:
             cold = bias
             bias = cold * heat if isinstance(cold, Tensor) else lambda b, h, q, k: cold(b, h, q, k) * heat

@@ -69,7 +69,7 @@ class PowerAttention(MultiHead):
         if state is None or q.shape[2] > 1 or pattern != self.pattern.shift(offset):
             return super().mix(q, k, v, x=x, pattern=pattern, offset=offset, state=state)
         spans = self.spans(offset)
-        bias, at = self.bias(q, k, offset), None
+        bias, at = self.position_bias(q, k, offset), None
         if bias is not None:
             at = torch.cat([torch.arange(a, b, device=q.device) for a, b in spans])
         parts = [(q, k[:, :, a:b], v[:, :, a:b]) for a, b in spans]

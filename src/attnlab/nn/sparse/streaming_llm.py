@@ -90,6 +90,8 @@ class SlidingWindow(MultiHead):
         state: Any = None,
     ) -> Any:
         self.check(x, context)
+        if state is not None:
+            self.refuse(context=context, pattern=pattern)
         n, offset, gap = x.shape[1], 0 if state is None else state.length, 0
         relocated = self.places == "cache" and self.sinks > 0 and offset + n > self.window + self.sinks
         if state is None and not relocated:
@@ -99,18 +101,16 @@ class SlidingWindow(MultiHead):
         q, k = (still, k) if self.position is None else self.position(still, k, offset)
         if state is None:
             where = self.where(pattern, 0, n)
+        elif n == 1:
+            k, v = state.step(k, v)
+            where = None  # the cache holds nothing but what this token sees
         else:
-            self.refuse(context=context, pattern=pattern)
-            if n == 1:
-                k, v = state.step(k, v)
-                where = None  # the cache holds nothing but what this token sees
-            else:
-                k, v, gap = state.extend(k, v)
-                where = self.where(None, offset - gap, n)
+            k, v, gap = state.extend(k, v)
+            where = self.where(None, offset - gap, n)
         if relocated:
             heads = self.relocate(q, still, k, v, where, offset)
         else:
-            bias, at = self.bias(q, x.new_empty(0, 0, offset + n), offset), None
+            bias, at = self.position_bias(q, x.new_empty(0, 0, offset + n), offset), None
             if bias is not None and state is not None:
                 index = torch.arange(k.shape[2], device=k.device)
                 at = state.positions() if n == 1 else index + gap * (index >= self.sinks)
@@ -121,6 +121,16 @@ class SlidingWindow(MultiHead):
                 heads = attend(q, k, v, pattern=where, bias=moved(bias, at), dropout=dropout)
         y = self.merge(heads)
         return y if state is None else (y, state)
+
+    def weights(self, x: Tensor, context: Tensor | None = None, **keywords: Any) -> Tensor:
+        if self.places == "text" or not self.sinks or x.shape[1] <= self.window + self.sinks:
+            return super().weights(x, context, **keywords)
+        self.refuse(**{name: given for name, given in keywords.items() if name != "pattern"})
+        still, k, _ = self.qkv(x, context)
+        q, k = self.position(self.q_norm(still), self.k_norm(k), 0)  # type: ignore[misc]
+        units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
+        where = self.where(keywords.get("pattern"), 0, x.shape[1])
+        return self.relocate(q, self.q_norm(still), k, units, where, 0)
 
     def relocate(self, q: Tensor, still: Tensor, k: Tensor, v: Tensor, where: Pattern | None, offset: int) -> Tensor:
         """Heads with the sinks right before the window: for them the queries, `still` unturned, turn less far."""
