@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ SQUARE = {
 CROSS = ("window", "causal", "full", "sinks and window", "dilated", "powers of two", "prefix", "shifted")
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A row of a table for each signed distance below `limit`."""
+
+    limit: int
+
+    def __call__(self, q, k):
+        return q - k + self.limit
+
+
 def sample(nq=N, nk=N, *, batch=2, heads=4, kv_heads=2, dim=6, value_dim=6, dtype=torch.float64):
     new = torch.Generator().manual_seed(1)
     shapes = (batch, heads, nq, dim), (batch, kv_heads, nk, dim), (batch, kv_heads, nk, value_dim)
@@ -115,8 +126,26 @@ def test_a_bias_tensor_of_any_broadcast_shape_is_added_and_trained(shape, traine
 def test_a_bias_by_index_is_added_and_a_table_that_it_looks_up_trained():
     assert_equal_to_the_oracle(sample(), pattern=Window(9), bias=lambda b, h, q, k: (k - q) * (h + 1.0) * (b + 1))
     table = torch.randn(2 * N, 4, dtype=torch.float64, requires_grad=True)
-    for pattern in (Window(9), SQUARE["regions of each batch"], SQUARE["a mask of each head"]):
-        assert_equal_to_the_oracle(sample(), pattern=pattern, bias=Lookup(table, lambda q, k: q - k + N))
+    for name in ("window", "blocks", "some queries see nothing", "regions of each batch", "a mask of each head"):
+        assert_equal_to_the_oracle(sample(), pattern=SQUARE[name], bias=Lookup(table, Difference(N)))
+
+
+def test_a_trained_table_is_added_and_trained_for_all_kinds_of_heads_and_twice_alike():
+    table = torch.randn(2 * N, 3, requires_grad=True)
+    for kv_heads in (1, 3):
+        inputs = sample(heads=3, kv_heads=kv_heads, value_dim=3, dtype=torch.float32)
+        assert_equal_to_the_oracle(inputs, 1e-4, pattern=Window(9), bias=Lookup(table, lambda q, k: q - k + N))
+    out = attend(*inputs, pattern=Window(9), bias=Lookup(table, Difference(N)), backend="tiles")
+    first, second = (torch.autograd.grad(out.square().sum(), table, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_table_of_minus_infinity_hides_keys():
+    table = torch.zeros(2 * N, 4, dtype=torch.float64)
+    table[N + 2 :] = -math.inf
+    assert_equal_to_the_oracle(sample(), pattern=Window(9), bias=Lookup(table, Difference(N)))
+    table[:] = -math.inf
+    assert (attend(*sample(), pattern=Window(9), bias=Lookup(table, Difference(N)), backend="tiles") == 0).all()
 
 
 def test_a_bias_of_minus_infinity_hides_keys_even_all_of_a_query():

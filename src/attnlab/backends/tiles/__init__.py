@@ -14,7 +14,7 @@ from attnlab.backends.tiles.plan import tiling
 from attnlab.backends.tiles.tiling import STEP_BYTES, Group, Lists, Tiling
 from attnlab.backends.tiles.traced import tellable, traced_attention
 from attnlab.cost import Cost, machine
-from attnlab.problem import Problem
+from attnlab.problem import Lookup, Problem
 from attnlab.weightings import Softmax
 
 __all__ = ["Group", "Lists", "Tiles", "Tiling", "tile_attention", "tiling"]
@@ -91,7 +91,8 @@ def _untraceable(p: Problem) -> str:
 
 def _fused(p: Problem) -> bool:
     """Whether torch's fused CPU kernel takes the problem."""
-    return p.device.type == "cpu" and isinstance(p.weighting, Softmax) and not p.dropout and not p.trained_bias
+    trained = p.trained_bias and not isinstance(p.bias, Lookup)
+    return p.device.type == "cpu" and isinstance(p.weighting, Softmax) and not p.dropout and not trained
 
 
 def _one(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnlab.backends.tiles.lookups import TileLookups
 from attnlab.backends.tiles.masks import additive_mask
 from attnlab.backends.tiles.tiling import Group, Tiling
 from attnlab.backends.tiles.tokens import Keys, Queries, Sums, by_head, by_token
-from attnlab.problem import Bias
+from attnlab.problem import Bias, Lookup
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -38,7 +39,7 @@ def tile_attention(
             tiling too: `Group(queries, keys, seen)` with `seen` broadcastable to `(B, Hkv, T, bq, n·unit)`.
         scale: D^-½ if None.
         bias: added to the scores: a tensor broadcastable to `(B, H, Nq, Nk)` or a function `f(b, h, q, k)` of index
-            tensors; gets no gradient here.
+            tensors; of these, only a `Lookup` gets its gradient here.
 
     Returns:
         out `(B, H, Nq, Dv)` and lse `(B, H, Nq)`, both differentiable; zeros and −inf for a query without keys.
@@ -46,16 +47,21 @@ def tile_attention(
     Cost: 2·pairs·(D + Dv) FLOPs per head, pairs = `tiling.pairs`; memory O(N) beside the inputs.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _TileAttention.apply(q, k, v, tiling, scale, bias)
+    table = bias.table if isinstance(bias, Lookup) else None
+    out, lse = _TileAttention.apply(q, k, v, table, tiling, scale, bias)
     return out, lse
 
 
 class _TileAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, scale: float, bias: Bias | None) -> Any:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, tiling: Tiling, scale: float, bias: Bias | None
+    ) -> Any:
         call = Call(q, k, v, tiling, scale, bias)
         arranged = call.arrange(q)
+        call.look_up()
         out, lse = call.forward(arranged, k, v)
+        call.looked = None
         ctx.save_for_backward(arranged, k, v, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -65,12 +71,17 @@ class _TileAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         call = ctx.call
         if grad_out is None and grad_lse is None:
-            return (None,) * 6
+            return (None,) * 7
         q, k, v, out, lse = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad_out is None else call.arrange(grad_out)
         if grad_lse is not None:
             grad_lse = call.arrange(grad_lse.unsqueeze(-1), 1)
-        return (*call.backward(grad, grad_lse, q, k, v, out, lse), None, None, None)
+        table = ctx.needs_input_grad[3]
+        call.look_up()
+        grads = call.backward(grad, grad_lse, q, k, v, out, lse, table=table)
+        grad_table = call.looked.gradient().to(call.dtype) if table and call.looked is not None else None
+        call.looked = None
+        return (*grads, grad_table, None, None, None)
 
 
 class Call:
@@ -80,8 +91,13 @@ class Call:
         self.tiling, self.scale, self.bias = tiling, scale, bias
         self.batch, self.kv_heads, self.repeat, self.dtype = len(k), k.shape[1], q.shape[1] // k.shape[1], q.dtype
         self.dim, self.value_dim = q.shape[-1], v.shape[-1]
+        self.looked: TileLookups | None = None
         # The fused kernel wants one head dimension for all.
         self.width = max(self.dim, self.value_dim)
+
+    def look_up(self) -> None:
+        """Make ready the table of the bias, if it has one."""
+        self.looked = TileLookups(self.bias, self.kv_heads, self.dtype) if isinstance(self.bias, Lookup) else None
 
     def arrange(self, x: Tensor, width: int | None = None) -> Tensor:
         """`x (B, H, Nq, D)` as `(B, Nq, r, Hkv, width)` in the tiling's order."""
@@ -111,7 +127,7 @@ class Call:
                 queries.take(group, *place), keys.take(group.keys, *place[1:], rows),
                 values.take(group.keys, *place[1:], rows), 0.0, False, attn_mask=mask, scale=self.scale,
             )  # fmt: skip
-            if mask is not None and (group.dead or self.bias is not None):
+            if mask is not None and (group.dead or self._bias_hides()):
                 # The fused kernel gives a query without keys zeros, but some finite lse.
                 part_lse = part_lse.masked_fill((mask == -math.inf).all(-1), -math.inf)
             out.put(group, *place, part)
@@ -119,9 +135,13 @@ class Call:
         return out.x, lse.x
 
     def backward(
-        self, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v from those of the output and the lse; all but k and v arranged."""
+        self, grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+        *, table: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v from those of the output and the lse; all but k and v arranged.
+
+        With `table`, the gradient of the looked-up table is summed up too.
+        """
         # A query without keys has weight zero everywhere: any finite number does for its log-sum-exp.
         dead = lse == -math.inf
         lse, width = lse.masked_fill(dead, 0.0), self.width
@@ -138,12 +158,17 @@ class Call:
         grad_q.x[:, self.tiling.listed :] = 0.0
         grad_k, grad_v = Sums(keys, _wide(q.dtype)), Sums(values, _wide(q.dtype))
         for group, place, rows in self.steps(keys, 2):
-            part_q, part_k, part_v = _backward(
+            given = (
                 grads.take(group, *place), queries.take(group, *place), keys.take(group.keys, *place[1:], rows),
                 values.take(group.keys, *place[1:], rows), outs.take(group, *place),
-                logs.take(group, *place).squeeze(-1), 0.0, False,
-                attn_mask=self._mask(group, *place[1:]), scale=self.scale,
+                logs.take(group, *place).squeeze(-1),
             )  # fmt: skip
+            mask = self._mask(group, *place[1:])
+            if table and self.looked is not None and mask is not None:
+                part_q, part_k, part_v, grad_mask = _backward_with_mask(*given, mask, self.scale)
+                self.looked.add(group, _count(place[1]), place[2], grad_mask)
+            else:
+                part_q, part_k, part_v = _backward(*given, 0.0, False, attn_mask=mask, scale=self.scale)
             grad_q.put(group, *place, part_q)
             grad_k.add(group.keys, *place[1:], rows, part_k)
             grad_v.add(group.keys, *place[1:], rows, part_v)
@@ -153,7 +178,13 @@ class Call:
             grad_v.total()[..., : self.value_dim].to(self.dtype),
         )
 
+    def _bias_hides(self) -> bool:
+        """Whether the bias may be −inf for all keys of a query."""
+        return self.bias is not None if self.looked is None else self.looked.hides
+
     def _mask(self, group: Group, batch: slice, tiles: slice) -> Tensor | None:
+        if self.looked is not None:
+            return self.looked.mask(group, _count(batch), tiles)
         return additive_mask(group, batch, tiles, self.repeat, self.kv_heads, self.dtype, self.bias)
 
     def _bytes(self, group: Group, copies: int) -> int:
@@ -163,6 +194,21 @@ class Call:
         if self.bias is not None or (group.seen is not None and group.seen.shape[2] > 1):
             needed += group.keys.length * rows * (1 if self.bias is None else self.kv_heads)
         return needed * self.dtype.itemsize
+
+
+def _backward_with_mask(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the fused backward computes, and the gradient of the mask, which it keeps to itself."""
+    wide = _wide(q.dtype)
+    grad, q, k, v = (x.to(wide) for x in (grad, q, k, v))
+    weights = (q @ k.mT).mul_(scale).add_(mask).sub_(lse.unsqueeze(-1)).exp_()
+    grad_mask = (grad @ v.mT).sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
+    return (grad_mask @ k) * scale, (grad_mask.mT @ q) * scale, weights.mT @ grad, grad_mask
+
+
+def _count(part: slice) -> int:
+    return part.stop - part.start
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

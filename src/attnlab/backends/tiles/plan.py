@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from attnlab.backends.tiles.tiling import Group, Lists, Tiling
+from attnlab.backends.tiles.tiling import Group, Lists, Tiling, kinds_of
 from attnlab.patterns import Pattern
 
 # Queries per tile of a sequence. More would see too many keys in vain, fewer would gather each key too often.
@@ -101,7 +101,7 @@ def _groups(queries: Tensor, keys: Tensor, seen: Tensor) -> list[Group]:
         return [_group(queries, keys, None)]
     if seen.numel() <= _SMALL:
         return [_group(queries, keys, seen)]
-    kinds = _kinds(seen)
+    kinds = kinds_of(seen)
     many = kinds.bincount()
     groups, rest = [], torch.zeros(len(kinds), dtype=torch.bool, device=kinds.device)
     for kind, count in enumerate(many.tolist()):
@@ -114,19 +114,6 @@ def _groups(queries: Tensor, keys: Tensor, seen: Tensor) -> list[Group]:
     if rest.any():
         groups.append(_group(queries[rest], keys[rest], seen[rest]))
     return groups
-
-
-def _kinds(seen: Tensor) -> Tensor:
-    """A number for each tile, equal for tiles with equal masks: by a hash, then checked."""
-    flat = seen.flatten(1)
-    words = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
-    random = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=random).to(words.device)
-    kinds = (words * factors).sum(1).unique(return_inverse=True)[1]
-    first = torch.full((int(kinds.max()) + 1,), len(kinds), device=kinds.device)
-    first.scatter_reduce_(0, kinds, torch.arange(len(kinds), device=kinds.device), "amin")
-    equal = all(torch.equal(words[first[k]], w) for k, w in zip(kinds.split(1024), words.split(1024), strict=True))
-    return kinds if equal else torch.arange(len(kinds), device=kinds.device)
 
 
 def _group(queries: Tensor, keys: Tensor, seen: Tensor | None) -> Group:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # One step of the kernel gathers about this much; more would fall out of the cache, less would be all overhead.
@@ -135,3 +136,17 @@ class Tiling:
     def pairs(self) -> int:
         """(query, key) pairs computed for one head, masked ones included."""
         return sum(g.queries.tiles * g.queries.length * g.keys.length for g in self.groups)
+
+
+def kinds_of(tiles: Tensor) -> Tensor:
+    """A number for each of the tiles `(T, …)`, equal for equal ones: by a hash, then checked."""
+    flat = tiles.flatten(1)
+    if flat.dtype != torch.int64:
+        flat = F.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
+    random = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (flat.shape[1],), generator=random).to(flat.device)
+    kinds = (flat * factors).sum(1).unique(return_inverse=True)[1]
+    first = torch.full((int(kinds.max()) + 1,), len(kinds), device=kinds.device)
+    first.scatter_reduce_(0, kinds, torch.arange(len(kinds), device=kinds.device), "amin")
+    equal = all(torch.equal(flat[first[k]], w) for k, w in zip(kinds.split(1024), flat.split(1024), strict=True))
+    return kinds if equal else torch.arange(len(kinds), device=kinds.device)
