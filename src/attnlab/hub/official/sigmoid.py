@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnlab.hub.official import official
 from attnlab.hub.renaming import Rule, rename
 from attnlab.models.skeletons.plain import TokenBlock
+from attnlab.nn.mechanism import join_heads
 from attnlab.nn.softmax.sigmoid import SigmoidAttention
 from attnlab.patterns import Explicit
 from attnlab.positions import ALiBi, Position, Rotary
@@ -116,15 +117,13 @@ class Attention:
 
     @staticmethod
     def run(module: SigmoidAttention, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = inputs.get("mask")
+        x, context, mask = inputs.get("x", inputs.get("q")), inputs.get("kv"), inputs.get("mask")
+        if x is None:
+            raise ValueError(f"inputs must hold x, or q and kv, got {sorted(inputs)}")
         seen = {} if mask is None else {"pattern": Explicit(mask.bool())}
-        context = inputs.get("kv")
-        y = module(inputs["x" if context is None else "q"], context, **seen)
-        return {
-            "attn_proj": y,
-            "y": y,
-            "attn_matrix": module.weights(inputs["x" if context is None else "q"], context, **seen),
-        }
+        y, matrix = module(x, context, **seen), module.weights(x, context, **seen)
+        values = module.project(x, context)[2]
+        return {"y": y, "attn_proj": y, "attn_matrix": matrix, "attn_times_v": join_heads(matrix @ values)}
 
 
 @official(_REPOSITORY, "CrossAttention", "RoPECrossAttention", "ALiBiCrossAttention")
@@ -159,7 +158,8 @@ class TransformerBlock:
     @staticmethod
     def run(module: TokenBlock, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         y = module(inputs["x"])
-        return {"y": y, "block_output": y}
+        inner = Attention.run(module.mixer, {"x": module.norm1(inputs["x"])})  # type: ignore[arg-type]
+        return {**inner, "y": y, "block_output": y}
 
 
 @official(_REPOSITORY, "RMSNorm")
