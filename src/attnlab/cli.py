@@ -141,8 +141,9 @@ def compare(
     from attnlab.arena.store import Store
     from attnlab.arena.summary import summarise
 
-    console = _console()
+    console, folder = _console(), out / "report"
     with Store(out / RESULTS) as store:
+        pages.check(folder, force=pages.is_ours(folder))  # now, not after the last trial
         plan = study.plan(
             _split(tasks), _split(mechanisms), seeds=seeds, budget=budget, data=data, device=device, load=load or ()
         )
@@ -151,7 +152,7 @@ def compare(
         count = f"{len(plan.trials)} trials and {len(plan.sweeps)} cost sweeps{already}"
         console.print(f"{count}; results in {store.path}. Ctrl-C stops, the same command goes on.", highlight=False)
         try:
-            with Live(ahead, workers or study.cores(), console) as live:
+            with Live(ahead, workers or study.side_by_side(plan.settings["device"]), console) as live:
                 done = study.run(plan, store, command=study.command_line(), workers=workers, watch=live)
         except KeyboardInterrupt:
             left = len(study.missing(plan.jobs, store))
@@ -161,7 +162,6 @@ def compare(
             raise typer.Exit(_INTERRUPTED) from None
         summary = summarise(store, done.id)
         tables.show(summary, console)
-        folder = out / "report"
         page = pages.write(summary, folder, force=pages.is_ours(folder))
         console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
 

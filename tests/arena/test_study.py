@@ -197,3 +197,16 @@ def test_the_remaining_time_is_that_of_like_jobs():
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3725, "1:02:05")])
 def test_times_read_as_on_a_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def test_data_of_the_users_choose_the_tasks_that_read_them(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_bytes(bytes(range(256)) * 400)
+    plan = study.plan([], ["multihead"], data=book, seeds=1)
+    assert plan.settings["tasks"] == ["text"]
+    assert {job.data for job in plan.trials} == {str(book)}
+    assert {job.key for job in plan.trials}.isdisjoint(
+        job.key for job in study.plan(["text"], ["multihead"], seeds=1).trials
+    )
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        study.plan([], data=tmp_path / "none")

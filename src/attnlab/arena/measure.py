@@ -67,7 +67,7 @@ def run_sweep(
     try:
         torch.manual_seed(0)
         module = mixer(mechanism, width, layout).to(device).eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             for i, length in enumerate(LENGTHS[budget]):
                 sweep.points.append(_point(module, sweep.points, length, layout, width, _PATIENCE[budget], device))
                 progress((i + 1) / (len(LENGTHS[budget]) + 1))

@@ -78,7 +78,7 @@ def peak(call: Callable[[], object], device: str) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)  # gives freed pages back, so that using them again is seen
         Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
         before = _status("VmRSS")
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
         return None
     call()
     return max(_status("VmHWM") - before, 0)

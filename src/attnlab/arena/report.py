@@ -24,10 +24,7 @@ def write(summary: Summary, folder: Path | str, *, force: bool = False) -> Path:
     A folder that exists is refused, unless `force`: then these four files are replaced and nothing else is touched.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"out: {folder} is a file; a folder for the report is wanted")
-    if folder.exists() and any(folder.iterdir()) and not force:
-        raise FileExistsError(f"out: {folder} exists; choose another folder, or replace its report with --force")
+    check(folder, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         PAGE: page(summary),
@@ -40,6 +37,14 @@ def write(summary: Summary, folder: Path | str, *, force: bool = False) -> Path:
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, folder / name)  # so that a reader never sees half a page
     return folder / PAGE
+
+
+def check(folder: Path, *, force: bool = False) -> None:
+    """Raises where `write` would refuse."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"out: {folder} is a file; a folder for the report is wanted")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise FileExistsError(f"out: {folder} exists; choose another folder, or replace its report with --force")
 
 
 def is_ours(folder: Path) -> bool:
@@ -128,7 +133,7 @@ def _details(rows: list[Row]) -> list[_Table]:
         }
         flat = {mechanism: values for mechanism, values in flat.items() if values}
         columns = list(dict.fromkeys(column for values in flat.values() for column in values))
-        if not columns or name == "depths":
+        if not columns:
             continue
         every = [value for values in flat.values() for value in values.values()]
         low, span = min(every), (max(every) - min(every)) or 1.0

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from attnlab import __version__, cards
-from attnlab.arena import jobs
+from attnlab.arena import jobs, memory
 from attnlab.arena.jobs import Job
 from attnlab.arena.network import NONE, takes_part
 from attnlab.arena.pool import Event, perform
@@ -75,8 +75,7 @@ def plan(
     if not any(job.mechanism != NONE for job in trials):
         reasons = "; ".join(f"{name} on {task}: {reason}" for task, name, reason in left_out)
         raise ValueError(f"mechanisms: none of them can do any of the tasks. {reasons}")
-    threads = torch.get_num_threads()
-    sweeps = [jobs.sweep(name, layout, budget, device, threads) for name, layout in sorted(layouts) if name != NONE]
+    sweeps = [jobs.sweep(name, layout, budget, device, cores()) for name, layout in sorted(layouts) if name != NONE]
     settings = {
         "tasks": [task.name for task in chosen],
         "mechanisms": contestants,
@@ -161,11 +160,10 @@ def run(
         plan.about,
     )
     number = store.begin(study)
-    on_gpu = torch.device(plan.settings["device"]).type == "cuda"
-    if workers is None:
-        workers = 1 if on_gpu else cores()
+    workers = side_by_side(plan.settings["device"]) if workers is None else workers
     for todo, count, threads in (
-        (missing(plan.trials, store), workers, 1 if workers > 1 else cores()),
+        # One thread per trial, however many run: the numbers must not depend on the machine's number of cores.
+        (missing(plan.trials, store), workers, 1),
         (missing(plan.sweeps, store), min(workers, 1), cores()),
     ):
         for event in perform(todo, workers=count, threads=threads, load=plan.load):
@@ -179,6 +177,13 @@ def missing(wanted: Sequence[Job], store: Store) -> list[Job]:
     """The jobs without a result that lasts."""
     have = store.results()
     return [job for job in wanted if have.get(job.key, {}).get("status") not in _FINAL]
+
+
+def side_by_side(device: str) -> int:
+    """How many trials to run at a time: one on a GPU, else one per core as long as each has 2 GiB."""
+    if torch.device(device).type == "cuda":
+        return 1
+    return max(1, min(cores(), memory.available("cpu") // 2**31))
 
 
 def cores() -> int:

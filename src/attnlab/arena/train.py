@@ -84,7 +84,8 @@ def _run(trial: Trial, task: Task, device: str, progress: Progress) -> None:
     def predict(inputs: Tensor) -> Tensor:
         return network(inputs.to(device)).cpu()
 
-    with torch.inference_mode():
+    # Not inference_mode: what a mechanism caches here must still be good for the next trial's backward.
+    with torch.no_grad():
         score = task.evaluate(predict)
     if not math.isfinite(score.value):
         trial.status, trial.reason = DIVERGED, "the score is not a finite number"

@@ -51,14 +51,14 @@ class Needle(Task):
         rng = torch.Generator().manual_seed(11)
         table = {}
         for length in (times * self.budget.length for times in _LENGTHS):
-            row = []
+            row = {}
             for depth in _DEPTHS:
                 inputs, targets = _haystacks(rng, self.budget.examples, length, depth)
                 answers = torch.cat([predict(part)[:, -2 * _NEEDLES].argmax(-1) for part in inputs.split(16)])
-                row.append((answers == targets[:, -2 * _NEEDLES]).double().mean().item())
+                row[depth] = (answers == targets[:, -2 * _NEEDLES]).double().mean().item()
             table[length] = row
-        mean = sum(map(sum, table.values())) / (len(_LENGTHS) * len(_DEPTHS))
-        return Score(mean, {"depths": list(_DEPTHS), "accuracy by length and depth": table})
+        mean = sum(sum(row.values()) for row in table.values()) / (len(_LENGTHS) * len(_DEPTHS))
+        return Score(mean, {"accuracy by length · depth": table})
 
     def trivial(self) -> tuple[str, float]:
         return "any value hidden", 1 / _NEEDLES
