@@ -11,10 +11,12 @@ from attnlab.arena.summary import Row, Summary, number, sign, whole
 
 
 def show(summary: Summary, console: Console) -> None:
-    for task in summary.rows:
+    for task, rows in summary.rows.items():
         console.print(task_table(summary, task))
+        _trouble(console, {row.mechanism: row.trouble for row in rows})
     if summary.sweeps:
         console.print(cost_table(summary))
+        _trouble(console, {sweep["mechanism"]: sweep["reason"] for sweep in summary.sweeps})
     if summary.study.left_out:
         console.print(left_out(summary))
     console.print(answer_table(summary))
@@ -25,13 +27,7 @@ def show(summary: Summary, console: Console) -> None:
 def task_table(summary: Summary, task: str) -> Table:
     about, answer = summary.study.about[task], summary.answers[task]
     better = "↓" if about["better"] == "lower" else "↑"
-    table = Table(
-        title=f"[bold]{task}[/]: {about['title']}",
-        title_justify="left",
-        header_style="dim",
-        show_edge=False,
-        pad_edge=False,
-    )
+    table = _table(f"[bold]{task}[/]: {about['title']}")
     table.add_column("mechanism")
     for name in (f"{about['metric']} {better}", "parameters", "width/MLP", "FLOPs/token", "tokens/s"):
         table.add_column(name, justify="right")
@@ -44,8 +40,6 @@ def task_table(summary: Summary, task: str) -> Table:
             number(row.first("flops_per_token")),
             number(row.median("tokens_per_second")),
         )
-        if row.trouble:
-            table.add_row(f"  [red]{escape(row.trouble)}")
     name, value = about["trivial"]
     table.add_row(f"[dim]{name}", f"[dim]{number(value)}")
     return table
@@ -54,13 +48,8 @@ def task_table(summary: Summary, task: str) -> Table:
 def cost_table(summary: Summary) -> Table:
     """Inference of the mechanism alone over lengths."""
     lengths = sorted({point["length"] for sweep in summary.sweeps for point in sweep["points"]})
-    table = Table(
-        title=f"[bold]cost[/]: one call of one mechanism alone, batch 1, width {summary.sweeps[0].get('width', '–')}",
-        title_justify="left",
-        header_style="dim",
-        show_edge=False,
-        pad_edge=False,
-    )
+    width = summary.sweeps[0].get("width", "–")
+    table = _table(f"[bold]cost[/]: one call of one mechanism alone, batch 1, width {width}")
     table.add_column("mechanism")
     table.add_column("as")
     for name in (*(f"N={length:,}" for length in lengths), "memory", "time ~ N^", "FLOPs ~ N^", "decode step"):
@@ -77,15 +66,11 @@ def cost_table(summary: Summary) -> Table:
             number(sweep.get("flops_growth")),
             milliseconds(list(sweep["decode"].values())[-1]) if sweep.get("decode") else "–",
         )
-        if sweep["status"] != "done":
-            table.add_row(f"  [red]{escape(sweep['reason'])}")
     return table
 
 
 def left_out(summary: Summary) -> Table:
-    table = Table(
-        title="[bold]not in it[/], and why", title_justify="left", header_style="dim", show_edge=False, pad_edge=False
-    )
+    table = _table("[bold]not in it[/], and why")
     table.add_column("mechanism")
     table.add_column("task")
     table.add_column("reason")
@@ -99,7 +84,9 @@ def left_out(summary: Summary) -> Table:
 
 def answer_table(summary: Summary) -> Table:
     """Mechanisms by tasks; the best and those as good within the spread stand out."""
-    table = Table(title="[bold]Which one should I use here?", title_justify="left", header_style="bold", show_edge=True)
+    table = Table(title="\n[bold]Which one should I use here?", title_justify="left", title_style="")
+    table.caption = "◀ what to use: the fastest to train of those within the best one's spread (green)"
+    table.caption_justify = "left"
     table.add_column("mechanism")
     for task in summary.rows:
         about = summary.study.about[task]
@@ -117,6 +104,18 @@ def answer_table(summary: Summary) -> Table:
     table.add_section()
     table.add_row("[dim]without learning", *(f"[dim]{number(a['trivial'][1])}" for a in summary.study.about.values()))
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=f"\n{title}", title_justify="left", title_style="", header_style="dim", show_edge=False, pad_edge=False
+    )
+
+
+def _trouble(console: Console, reasons: dict[str, str]) -> None:
+    for mechanism, reason in reasons.items():
+        if reason:
+            console.print(f"  [red]{mechanism}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
 def score(row: Row) -> str:
