@@ -236,7 +236,9 @@ def test_other_weightings_are_their_definitions(weighting):
         Relu(2): lambda: s.relu() ** 2 / 6 * seen,
         Softmax(1.0): lambda: masked.exp() / (masked.exp().sum(-1, keepdim=True) + 1),
     }[weighting]()
-    torch.testing.assert_close(attend(q, k, v, pattern=Causal(), weighting=weighting), wanted @ v)
+    for backend in ("auto", "dense", "tiles", "reference"):
+        out = attend(q, k, v, pattern=Causal(), weighting=weighting, backend=backend)
+        torch.testing.assert_close(out, wanted @ v)
 
 
 def test_any_memory_layout_gives_the_same():
@@ -305,7 +307,7 @@ BAD = {
     "lse": ((Q, Q, Q), {"weighting": Linear(), "return_lse": True}, ValueError, "return_lse needs a normalised"),
     "backend": ((Q, Q, Q), {"backend": "fast"}, ValueError, "backend must be auto or one of .*dense.*, got 'fast'"),
     "backend cannot": (
-        (Q, Q, Q), {"backend": "dense", "weighting": "relu"}, ValueError, "'dense' does not support this problem: weig"
+        (Q, Q, Q), {"backend": "flex", "weighting": "relu"}, ValueError, "'flex' does not support this problem: weig"
     ),
 }  # fmt: skip
 

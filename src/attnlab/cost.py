@@ -72,7 +72,7 @@ _CORE = Machine(
         "float64": Kernel(2e10, 5e7),
     },
     bandwidth=3e9,
-    call=2e-5,
+    call=2.5e-5,
 )
 # A data-centre GPU in bfloat16: its data sheet, and the share of it that attention kernels reach.
 _GPU = Machine(

@@ -12,6 +12,7 @@ from torch import Tensor
 from attnlab.cost import Cost, machine
 from attnlab.patterns import Pattern
 from attnlab.problem import Problem
+from attnlab.weightings import Weighting
 
 # Masks up to this many pairs (16 MiB) are kept: sixteen of them at most.
 _KEPT = 2**24
@@ -36,47 +37,39 @@ _kept = lru_cache(maxsize=16)(_make)
 
 
 class Dense:
-    """Softmax over every pair: torch's fused kernel where it takes the problem, all scores in memory where not."""
+    """Every pair: torch's fused kernel where it takes the problem, all scores written out in memory where not."""
 
     name = "dense"
 
     def unsupported(self, problem: Problem) -> str:
-        if problem.is_softmax and problem.return_lse and problem.dropout:
-            return "dropout and lse together"
-        return "" if problem.is_softmax else f"weighting {problem.weighting} (only softmax)"
+        return ""
 
     def cost(self, problem: Problem) -> Cost:
         p = problem
-        skips = p.is_causal and p.bias is None and not p.return_lse and p.nq > 1024
-        copies, size = self._copies(p), p.dtype.itemsize
+        fused = _fused(p)
+        skips = p.is_causal and p.bias is None and fused and p.nq > 1024
+        copies, size = (0 if fused else 4 if p.needs_grad else 3), p.dtype.itemsize
         per_head = p.pattern.per_batch or p.pattern.per_head
         mask = 0 if p.is_full or (p.is_causal and p.bias is None) else (p.pairs if per_head else p.nq * p.nk)
         kept = mask <= _KEPT and not p.routed
         # Making a mask takes a dozen passes of integers, a bias by index a few more for every head.
         made = (0.0 if kept else 32.0 * mask) + (32.0 * p.heads * p.nq * p.nk if callable(p.bias) else 0.0)
-        read = size * (mask + p.pairs / 4) if mask or p.bias is not None else 0.0
+        read = size * (mask / 2 + p.pairs / 8) if mask or p.bias is not None else 0.0
         return machine(p.device).cost(
-            "by_hand" if copies else "fused",
+            "fused" if fused else "by_hand",
             p.pairs * (0.5 if skips else 1.0),
             p.dim + p.value_dim,
             train=p.needs_grad,
             dtype=p.dtype,
             moved=made + read * (2 if p.needs_grad else 1),
             memory=(1.0 + size) * mask + size * copies * p.pairs,
-            calls=8 if copies else 1,
+            calls=1 if fused else 5,
         )
-
-    def _copies(self, p: Problem) -> int:
-        """How many matrices of all scores are in memory at once: none where torch's fused kernel takes the problem."""
-        if p.return_lse:
-            return 4 if p.needs_grad else 3
-        fused = p.device.type != "cpu" or (p.dim == p.value_dim and not p.dropout)
-        return 0 if fused and not p.trained_bias else 4
 
     def run(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         p = problem
-        if p.return_lse:
-            return self._with_lse(p, q, k, v)
+        if p.return_lse or not p.is_softmax:
+            return self._by_hand(p, q, k, v)
         mask = rows = None
         if not (p.is_full or (p.is_causal and p.bias is None)):
             mask, dead = _matrix(p)
@@ -94,19 +87,33 @@ class Dense:
         )  # fmt: skip
         return (out if rows is None else out.masked_fill(~rows, 0.0)), None
 
-    def _with_lse(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by hand, since torch's kernels give no differentiable log-sum-exp."""
+    def _by_hand(self, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What torch's kernels do not give: other weightings, and a log-sum-exp that can be differentiated."""
         if p.groups > 1:
             k, v = (x.repeat_interleave(p.groups, 1) for x in (k, v))
-        wide = torch.float64 if p.dtype is torch.float64 else torch.float32
+        wide = torch.promote_types(p.dtype, torch.float32)
         scores = ((p.scale * q) @ k.transpose(-1, -2)).to(wide)
         bias = p.materialised_bias(wide)
         if bias is not None:
             scores = scores + bias
-        if not p.is_full:
-            scores = scores.masked_fill(~_matrix(p)[0], -math.inf)
-        # A row without keys gets finite scores, then weights of zero: no NaN in either direction.
-        dead = (scores == -math.inf).all(-1, keepdim=True)
-        lse = torch.logsumexp(scores.masked_fill(dead, 0.0), -1, keepdim=True)
-        weights = (scores - lse).exp().masked_fill(dead, 0.0).to(p.dtype)
-        return weights @ v, lse.masked_fill(dead, -math.inf).squeeze(-1)
+        seen = torch.ones((), dtype=torch.bool, device=p.device) if p.is_full else _matrix(p)[0]
+        weights = p.weighting.weights(scores, seen, p.nk)
+        if p.dropout:
+            weights = F.dropout(weights, p.dropout)
+        out = weights.to(p.dtype) @ v
+        return out, (log_sum(scores.masked_fill(~seen, -math.inf), p.weighting) if p.return_lse else None)
+
+
+def log_sum(scores: Tensor, weighting: Weighting) -> Tensor:
+    """log(Σ exp(scores) + off) over the last axis; −inf, and no NaN in the gradient, where every score is −inf."""
+    dead = (scores == -math.inf).all(-1)
+    lse = torch.logsumexp(scores.masked_fill(dead[..., None], 0.0), -1).masked_fill(dead, -math.inf)
+    off = getattr(weighting, "off", 0.0)
+    return torch.logaddexp(lse, torch.full_like(lse, math.log(off))) if off else lse
+
+
+def _fused(p: Problem) -> bool:
+    """Whether one of torch's kernels runs the problem without writing out the scores."""
+    if p.return_lse or not p.is_softmax or p.trained_bias:
+        return False
+    return p.device.type != "cpu" or (p.dim == p.value_dim and not p.dropout)

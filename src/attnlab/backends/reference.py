@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnlab.backends.dense import log_sum
 from attnlab.cost import Cost, machine
 from attnlab.problem import Problem
 
@@ -41,11 +42,5 @@ class Reference:
         out = (weights @ v).to(problem.dtype)
         if not problem.return_lse:
             return out, None
-        # A row without keys is −inf, by a detour around logsumexp's NaN gradient there.
-        scores = scores.masked_fill(~seen, -math.inf)
-        dead = (scores == -math.inf).all(-1)
-        lse = torch.logsumexp(scores.masked_fill(dead[..., None], 0.0), -1).masked_fill(dead, -math.inf)
-        off = getattr(problem.weighting, "off", 0.0)
-        if off:
-            lse = torch.logaddexp(lse, torch.full_like(lse, math.log(off)))
+        lse = log_sum(scores.masked_fill(~seen, -math.inf), problem.weighting)
         return out, lse if problem.dtype is torch.float64 else lse.float()
