@@ -153,14 +153,25 @@ class Rotary(Position):
     def forward(
         self, q: Tensor, k: Tensor, offset: int = 0, *, grid: tuple[int, ...] | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self.turn(q, offset), self.turn(k, offset)
+        if q.shape[-2] != k.shape[-2] or q.dtype != k.dtype:
+            return self.turn(q, offset), self.turn(k, offset)
+        self._check(q, k)
+        cos, sin = self.table(offset, offset + q.shape[-2], q)
+        return (
+            rotate(q, cos, sin, interleaved=self.interleaved),
+            rotate(k, cos, sin, interleaved=self.interleaved),
+        )
 
     def turn(self, x: Tensor, offset: int = 0) -> Tensor:
         """`x (…, N, D)`, of which the first token stands at position `offset`."""
-        if x.shape[-1] != self.head_dim:
-            raise ValueError(f"x must have head dimension {self.head_dim}, got {x.shape[-1]}")
+        self._check(x)
         cos, sin = self.table(offset, offset + x.shape[-2], x)
         return rotate(x, cos, sin, interleaved=self.interleaved)
+
+    def _check(self, *heads: Tensor) -> None:
+        for x in heads:
+            if x.shape[-1] != self.head_dim:
+                raise ValueError(f"x must have head dimension {self.head_dim}, got {x.shape[-1]}")
 
     def turn_to(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x (…, N, D)` with each token at the position that `positions (N)` or `(…, N)` gives."""
