@@ -250,6 +250,19 @@ def test_any_memory_layout_gives_the_same():
     torch.testing.assert_close(expanded, attend(q, k[:, :1], v[:, :1], pattern=Window(7)))
 
 
+def test_under_autocast_it_takes_mixed_dtypes_and_computes_in_the_lower_one_as_torch_does():
+    q, k, v = (heads(1, 2, 30, 8, dtype=torch.float32) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for pattern in (None, Causal(), Window(5)):
+            out = attend(q, k.bfloat16(), v.bfloat16(), pattern=pattern)
+            assert out.dtype is attend(q, k, v, pattern=pattern).dtype is torch.bfloat16
+            out, lse = attend(q, k, v, pattern=pattern, return_lse=True)
+            exact = attend(*(x.bfloat16().double() for x in (q, k, v)), pattern=pattern, return_lse=True)
+            torch.testing.assert_close(out.double(), exact[0], rtol=0, atol=4e-2)
+            torch.testing.assert_close(lse.double(), exact[1], rtol=0, atol=4e-2)
+        assert attend(*(x.double() for x in (q, k, v)), pattern=Window(5)).dtype is torch.float64
+
+
 def test_inputs_are_left_as_they_were():
     q, k, v = (heads(1, 2, 30, 8) for _ in range(3))
     before = [x.clone() for x in (q, k, v)]

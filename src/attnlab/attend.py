@@ -98,6 +98,11 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, is_causal=pattern is not None, scale=scale)
     from attnlab import planner
 
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        return _under_autocast(
+            q, k, v, pattern=pattern, route=route, weighting=weighting, bias=bias, scale=scale, dropout=dropout,
+            return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     problem = pose(
         q, k, v, pattern=pattern, route=route, weighting=weighting, bias=bias, scale=scale, dropout=dropout,
         return_lse=return_lse,
@@ -106,6 +111,18 @@ def attend(
         return _affine(problem, problem.weighting, q, k, v, backend)
     out, lse = planner.run(problem, q, k, v, backend)
     return (out, lse) if lse is not None and return_lse else out
+
+
+def _under_autocast(*heads: Tensor, **keywords: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """`attend` as torch's own attention behaves there: in the dtype of the autocast, whatever norms made of q and k."""
+    kind = heads[0].device.type
+    low = torch.get_autocast_dtype(kind)
+    cast = [
+        x.to(low) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype is not torch.float64 else x
+        for x in heads
+    ]
+    with torch.autocast(kind, enabled=False):
+        return attend(*cast, **keywords)
 
 
 def _affine(problem: Problem, how: Affine, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
