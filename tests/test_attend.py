@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab import attend, explain, merge
-from attnlab.patterns import Causal, Documents, Explicit, Neighborhood, Window
+from attnlab.patterns import Causal, Dilated, Documents, Explicit, Neighborhood, PowersOfTwo, Prefix, Sinks, Window
 from attnlab.problem import Lookup
 from attnlab.weightings import Linear, Relu, Sigmoid, Softmax
 
@@ -261,6 +261,38 @@ def test_under_autocast_it_takes_mixed_dtypes_and_computes_in_the_lower_one_as_t
             torch.testing.assert_close(out.double(), exact[0], rtol=0, atol=4e-2)
             torch.testing.assert_close(lse.double(), exact[1], rtol=0, atol=4e-2)
         assert attend(*(x.double() for x in (q, k, v)), pattern=Window(5)).dtype is torch.float64
+
+
+SEEN = [
+    None, Causal(), Window(3), Window(2, causal=False), Dilated(3), Sinks(2), Prefix(4), PowersOfTwo(2, 1, 1),
+    Neighborhood((12,), 3), Neighborhood((3, 4), (3, 2)), Documents((5, 7)), Explicit(torch.rand(1, 4, 12, 12) < 0.4),
+]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    left=st.sampled_from(SEEN), right=st.sampled_from(SEEN), how=st.sampled_from(["left", "and", "or", "not"]),
+    backend=st.sampled_from(["auto", "dense"]), kv_heads=st.sampled_from([1, 2, 4]), value_dim=st.sampled_from([4, 6]),
+    bias=st.sampled_from([None, "tensor", "function"]), weighting=st.sampled_from([None, "sigmoid", Softmax(1.0)]),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_random_combinations_equal_the_oracle_with_their_gradients(
+    left, right, how, backend, kv_heads, value_dim, bias, weighting, seed
+):
+    torch.manual_seed(seed)
+    pattern = left
+    if left is not None and right is not None:
+        pattern = {"left": left, "and": left & right, "or": left | right, "not": ~left}[how]
+    q, k, v = (heads(2, h, 12, d, grad=True) for h, d in ((4, 4), (kv_heads, 4), (kv_heads, value_dim)))
+    table = heads(4, 12, 12, grad=True)
+    added = {None: None, "tensor": table, "function": lambda b, h, q, k: table[h, q, k]}[bias]
+    inputs = (q, k, v, table) if bias else (q, k, v)
+    results = []
+    for name in (backend, "reference"):
+        out = attend(q, k, v, pattern=pattern, bias=added, weighting=weighting, backend=name)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    for ours, oracle in zip(*results, strict=True):
+        torch.testing.assert_close(ours, oracle)
 
 
 def test_inputs_are_left_as_they_were():
