@@ -111,7 +111,7 @@ def match(
     stays[(rows * width + columns).flatten()] = True
     targets, sources = (mask.nonzero().squeeze(1).to(x.device) for mask in (stays, ~stays))
 
-    unit = nn.functional.normalize(x, dim=-1, eps=0.0)
+    unit = nn.functional.normalize(x, dim=-1)
     similarity, target = (unit[:, sources] @ unit[:, targets].transpose(1, 2)).max(-1)
     order = similarity.argsort(dim=-1, descending=True)
     most = len(sources)
