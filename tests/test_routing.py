@@ -27,7 +27,7 @@ def test_a_partition_cuts_each_sequence_into_blocks_and_knows_their_means(length
     blocks = Partition.of(8, lengths)
     x = torch.randn(2, sum(lengths), 5, dtype=torch.float64)
     pieces = [p for s in x.split(lengths, 1) for p in s.split(8, 1)]
-    assert blocks.sizes.tolist() == [p.shape[1] for p in pieces]
+    assert blocks.numbers.tolist() == [p.shape[1] for p in pieces]
     torch.testing.assert_close(blocks.mean(x), torch.stack([p.mean(1) for p in pieces], 1))
     assert torch.equal(blocks.first(x), torch.stack([p[:, 0] for p in pieces], 1))
     owners = [i for i, p in enumerate(pieces) for _ in range(p.shape[1])]
@@ -323,6 +323,20 @@ def test_queries_that_see_nothing_get_zeros_and_no_gradient(query_block):
     torch.testing.assert_close(out, attend(q, k, v, pattern=routed, backend="reference"))
     grads = torch.autograd.grad(out.square().sum() + lse[0, 0].sum(), (q, k, v))
     assert all(g.isfinite().all() for g in grads) and not grads[0][0, 1, rows].any()
+
+
+@pytest.mark.parametrize("h", [1, 2])
+def test_tensors_may_lie_in_memory_in_any_order(h):
+    x = torch.randn(1, 48, 3, h, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = x.permute(2, 0, 3, 1, 4)
+    for route in (TopKBlocks(2, block=16), TopKBlocks(2, block=5, query_block=1)):
+        chosen = route.select(q, k)
+        found = []
+        for backend in ("routed", "reference"):
+            out = attend(q, k, v, pattern=chosen, backend=backend)
+            found.append((out, *torch.autograd.grad(out.square().sum(), x, retain_graph=True)))
+        for ours, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

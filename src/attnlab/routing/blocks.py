@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate, chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,60 +13,72 @@ from torch import Tensor
 from attnlab.patterns import Pattern
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Partition:
-    """A sequence cut into consecutive blocks. Blocks never cross the packed `sequences` that they belong to.
+    """Sequences, packed one after the other, cut into consecutive blocks that never cross from one to the next.
 
-    `edges` (count + 1) are the blocks' first tokens and the end; `sequence` (count) says whose each block is.
+    Blocks are of `size` tokens, and the last one of each sequence may be short; or they have the `sizes` given, of
+    which `size` is the largest. Make them with `of` and `sized`.
     """
 
-    edges: Tensor
-    sequence: Tensor
+    size: int
+    lengths: tuple[int, ...]
+    sizes: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, size: int, lengths: int | Sequence[int]) -> Partition:
-        """Blocks of `size` tokens; the last one of each sequence of `lengths` may be short."""
+        """Blocks of `size` tokens of one sequence, or of several of the given lengths."""
         lengths = (lengths,) if isinstance(lengths, int) else tuple(lengths)
         if size < 1:
             raise ValueError(f"block must be at least 1, got {size}")
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be one or more positive integers, got {lengths}")
-        starts, sequence, end = [], [], 0
-        for number, length in enumerate(lengths):
-            starts.append(torch.arange(end, end + length, size))
-            sequence.append(torch.full_like(starts[-1], number))
-            end += length
-        return cls(torch.cat([*starts, torch.tensor([end])]), torch.cat(sequence))
+        return cls(min(size, max(lengths)), lengths)
 
     @classmethod
     def sized(cls, sizes: Sequence[int]) -> Partition:
         """Blocks of the given sizes, in order, of one sequence."""
+        sizes = tuple(sizes)
         if not sizes or min(sizes) < 1:
-            raise ValueError(f"sizes must be one or more positive integers, got {tuple(sizes)}")
-        edges = torch.tensor([0, *sizes]).cumsum(0)
-        return cls(edges, torch.zeros(len(sizes), dtype=torch.long))
+            raise ValueError(f"sizes must be one or more positive integers, got {sizes}")
+        same = all(s == sizes[0] for s in sizes[:-1]) and sizes[-1] <= sizes[0]
+        return cls(max(sizes), (sum(sizes),), None if same else sizes)
 
     @property
     def count(self) -> int:
-        return len(self.sequence)
+        return sum(-(-n // self.size) for n in self.lengths) if self.sizes is None else len(self.sizes)
 
-    @cached_property
+    @property
     def length(self) -> int:
-        return int(self.edges[-1])
+        return sum(self.lengths)
 
-    @cached_property
-    def sizes(self) -> Tensor:
+    @property
+    def uniform(self) -> bool:
+        """Block i begins at token i·size: all but the last are of one size."""
+        return self.sizes is None and all(n % self.size == 0 for n in self.lengths[:-1])
+
+    @property
+    def edges(self) -> Tensor:
+        """The first token of each block, and the end: `(count + 1,)`."""
+        if self.uniform:
+            return (torch.arange(self.count + 1) * self.size).clamp(max=self.length)
+        if self.sizes is not None:
+            return torch.tensor([0, *accumulate(self.sizes)])
+        starts = [0, *accumulate(self.lengths)]
+        each = (range(a, b, self.size) for a, b in pairwise(starts))
+        return torch.tensor([*chain.from_iterable(each), self.length])
+
+    @property
+    def numbers(self) -> Tensor:
+        """Tokens of each block: `(count,)`."""
         return self.edges.diff()
 
-    @cached_property
-    def size(self) -> int:
-        """Tokens of the largest block."""
-        return int(self.sizes.max())
-
-    @cached_property
-    def uniform(self) -> bool:
-        """All blocks of one size but the last, which may be shorter: block i begins at token i·size."""
-        return bool((self.sizes[:-1] == self.size).all())
+    @property
+    def sequence(self) -> Tensor:
+        """To which of the packed sequences each block belongs: `(count,)`."""
+        if len(self.lengths) == 1:
+            return torch.zeros(self.count, dtype=torch.long)
+        return torch.tensor([i for i, n in enumerate(self.lengths) for _ in range(-(-n // self.size))])
 
     def block(self, token: Tensor) -> Tensor:
         """The block that each token index lies in (the last one for indices past the end)."""
@@ -84,7 +96,7 @@ class Partition:
         else:
             owner = self.block(torch.arange(self.length, device=x.device))
             total = x.new_zeros(*x.shape[:-2], self.count, x.shape[-1]).index_add_(-2, owner, x)
-        return total / self.sizes.to(x.device, x.dtype)[:, None]
+        return total / self.numbers.to(x.device, x.dtype)[:, None]
 
     def first(self, x: Tensor) -> Tensor:
         """The first token of each block: `(…, length, D)` to `(…, count, D)`."""
@@ -152,7 +164,7 @@ class Routed(Chosen):
     def density(self, nq: int | None = None, nk: int | None = None) -> float:
         """The share of pairs that are seen, over all batches and heads."""
         at = self.table.device
-        tall, wide = self.queries.sizes.to(at).double(), self.keys.sizes.to(at).double()
+        tall, wide = self.queries.numbers.to(at).double(), self.keys.numbers.to(at).double()
         pairs = (self.table * wide).sum(-1) * tall
         return float(pairs.sum(-1).mean()) / (self.queries.length * self.keys.length)
 

@@ -65,10 +65,9 @@ class BlockRoute(Route):
         """The table `(B, H, Tq, C)` from scores of that shape and from what is allowed and one's own `(Tq, C)`."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def select(self, q: Tensor, k: Tensor) -> Pattern:
         queries, keys = self.partitions(q.shape[2], k.shape[2])
-        scores = block_scores(q, k, queries, keys, first=self.causal)
+        scores = block_scores(q.detach(), k.detach(), queries, keys, first=self.causal)
         if not self.per_head:
             scores = scores.sum(1, keepdim=True)
         allowed, own = candidates(queries, keys, causal=self.causal, device=q.device)

@@ -74,10 +74,9 @@ class Clusters(Route):
         if self.size is not None and self.size < 1:
             raise ValueError(f"Clusters: size must be at least 1, got {self.size}")
 
-    @torch.no_grad()
     def select(self, q: Tensor, k: Tensor) -> Pattern:
         wide = torch.promote_types(q.dtype, torch.float32)
-        q, k = F.normalize(q.to(wide), dim=-1), F.normalize(k.to(wide), dim=-1)
+        q, k = (F.normalize(x.detach().to(wide), dim=-1) for x in (q, k))
         if self.centroids is None:
             centroids = kmeans(k, self.count, rounds=self.rounds)
         else:

@@ -86,7 +86,7 @@ class Padding:
             return cls(blocks, size, blocks.length // size, None)
         place = torch.arange(blocks.size)
         token = blocks.edges[:-1, None] + place
-        token = token.masked_fill(place >= blocks.sizes[:, None], -1)
+        token = token.masked_fill(place >= blocks.numbers[:, None], -1)
         return cls(blocks, blocks.size, blocks.count, token.flatten().to(device))
 
     @cached_property
@@ -101,7 +101,7 @@ class Padding:
         """`x (B, H, N, D)` as flat tokens `(B·H·count·size, D)`, zero in padding."""
         if self.token is not None:
             x = x.index_select(2, self.token.clamp_min(0)).masked_fill_((self.token < 0)[:, None], 0.0)
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1]).contiguous()
 
     def unpad(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
         """Flat tokens back to `(B, H, N, D)`."""
@@ -256,7 +256,7 @@ def _cover(rest: tuple[Pattern, ...], queries: Partition, keys: Padding, device:
     """For blocks of queries and keys `(Tq or 1, C)`: whether some pair of them is seen, and whether every place is."""
     whole = torch.ones(1, keys.count, dtype=torch.bool, device=device)
     if keys.token is not None:
-        whole = (keys.blocks.sizes == keys.size).to(device)[None]
+        whole = (keys.blocks.numbers == keys.size).to(device)[None]
     some = torch.ones_like(whole)
     for pattern in rest:
         one, every = cover(pattern, queries, keys.blocks, device)
@@ -283,5 +283,5 @@ def _counted(pattern: Pattern, queries: Partition, keys: Partition, device: torc
         pairs = pattern.allows(zero, zero, q[:, None], k).expand(len(q), len(k)).long()
         by_block = torch.zeros(len(q), keys.count, dtype=torch.long, device=device).index_add_(1, columns, pairs)
         seen.index_add_(0, owner[q], by_block)
-    whole = queries.sizes[:, None] * keys.sizes
+    whole = queries.numbers[:, None] * keys.numbers
     return seen > 0, seen == whole.to(device)

@@ -96,8 +96,6 @@ class NormFirst(nn.Sequential):
         sample={"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "head_dim": 8, "regions": 2, "topk": (1, 2, 3, -2),
                 "num_classes": 10},
         sizes=SIZES,
-        compiles="which regions are seen depends on the values",
-        exports="which regions are seen depends on the values",
     )
 )  # fmt: skip
 class BiFormer(Pyramid):

@@ -35,8 +35,6 @@ class Choice(NamedTuple):
         sample={"heads": 4, "regions": 4, "topk": 3},
         limit=lambda dim, grid: BilevelRouting(dim, heads=4, regions=2, topk=4, scale=(dim // 4) ** -0.5, local=0),
         growth=2.0,
-        compiles="which regions are seen depends on the values",
-        exports="which regions are seen depends on the values",
     )
 )
 class BilevelRouting(Mechanism):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -31,8 +30,6 @@ from attnlab.routing import Partition, Scope, ThresholdBlocks, TopKBlocks
         grid_axes=3,
         sample={"heads": 4, "block": (2, 2, 2), "topk": 2},
         limit=lambda dim, grid: BlockRouting(dim, heads=4, block=(2, 2, 2), topk=math.prod(grid)),
-        compiles="the blocks of a grid are laid out by its values",
-        exports="the blocks of a grid are laid out by its values",
     )
 )
 class BlockRouting(MultiHead):
@@ -123,7 +120,6 @@ class BlockRouting(MultiHead):
         return ThresholdBlocks(0.25 if self.threshold is None else self.threshold, **options)
 
 
-@lru_cache(maxsize=32)
 def block_order(grid: tuple[int, ...], block: tuple[float, ...]) -> tuple[Tensor, Partition]:
     """The order `(N,)` that puts the tokens of a video block by block, and the blocks.
 
@@ -135,11 +131,8 @@ def block_order(grid: tuple[int, ...], block: tuple[float, ...]) -> tuple[Tensor
         size = int(block[0] * math.prod(grid[1:]))
         if size < 1:
             raise ValueError(f"block {block} holds no whole token of a frame {grid[1:]}")
-        return torch.arange(total), Partition.of(min(size, total), total)
-    tile = [max(int(b), 1) for b in (grid[0],) * (3 - len(block)) + block]
-    number = torch.zeros((), dtype=torch.long)
-    for axis, (side, step) in enumerate(zip(grid, tile, strict=True)):
-        place = torch.arange(side).view([-1 if a == axis else 1 for a in range(3)]) // step
-        number = number * -(-side // step) + place
-    number = number.expand(grid).flatten()
-    return number.argsort(stable=True), Partition.sized(number.bincount().tolist())
+        return torch.arange(total), Partition.of(size, total)
+    frames, rows, columns = (max(int(b), 1) for b in (grid[0],) * (3 - len(block)) + block)
+    video = torch.arange(total).view(grid)
+    tiles = [tile for time in video.split(frames) for row in time.split(rows, 1) for tile in row.split(columns, 2)]
+    return torch.cat([t.flatten() for t in tiles]), Partition.sized([t.numel() for t in tiles])
