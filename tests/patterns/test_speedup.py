@@ -139,7 +139,7 @@ def test_cases_that_the_rule_calls_perfect_need_no_mask():
 def test_longer_strides_never_visit_more_and_the_whole_grid_gains_nothing():
     visited = [speedup(Neighborhood((64,), 32, 1, s), (8,), (8,)).visited for s in (1, 2, 4, 8, 16, 32)]
     assert visited == sorted(visited, reverse=True) and visited[0] > visited[-1]
-    whole = speedup(Neighborhood((12, 8), (12, 8)), (4, 4), (4, 4))
+    whole = speedup(Neighborhood((12, 8), (12, 8)), (4, 4))
     assert whole.ideal == whole.reachable == 1.0 and whole.perfect
 
 

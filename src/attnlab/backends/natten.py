@@ -23,6 +23,10 @@ def _missing() -> str:
     return "" if getattr(natten, "HAS_LIBNATTEN", False) else "this natten was built without its CUDA kernels"
 
 
+# Tiles of 64 tokens, by the number of axes.
+_TILES = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
+
+
 class Natten:
     """`natten.functional.na1d/na2d/na3d`: fused kernels of generalized neighborhood attention (arXiv 2504.16922)."""
 
@@ -55,7 +59,8 @@ class Natten:
     def cost(self, problem: Problem) -> Cost:
         p = problem
         moved = 2.0 * p.dtype.itemsize * p.batch * p.heads * p.nq * (3 * p.dim + p.value_dim)
-        visited = p.pairs / speedup(p.pattern, 64, 64).reachable
+        axes = len(p.pattern.grid)  # type: ignore[attr-defined]
+        visited = p.pairs / speedup(p.pattern, _TILES[axes]).reachable
         return machine(p.device).cost(
             "natten", visited, p.dim + p.value_dim, train=p.needs_grad, dtype=p.dtype, moved=moved
         )

@@ -55,7 +55,7 @@ class Visits:
 def speedup(
     pattern: Pattern,
     q_tile: Tile,
-    kv_tile: Tile,
+    kv_tile: Tile | None = None,
     *,
     nq: int | None = None,
     nk: int | None = None,
@@ -67,9 +67,9 @@ def speedup(
     every tile of keys of which some query sees something. A bound for kernels that are limited by arithmetic.
 
     Args:
-        q_tile, kv_tile: queries and keys per tile. A tuple, one number for each axis of the pattern's grid, is tiles
-            that are boxes of the grid (multi-dimensional tiling: the tokens are reordered, and each residue of a
-            dilation by itself); a number is runs of the tokens as they lie.
+        q_tile, kv_tile: queries and keys per tile; as many keys as queries if None. A tuple, one number for each axis
+            of the pattern's grid, is tiles that are boxes of the grid (multi-dimensional tiling: the tokens are
+            reordered, and each residue of a dilation by itself); a number is runs of the tokens as they lie.
         nq, nk: the lengths, for a pattern without a grid.
         dynamic: the first key tile begins at the first key seen, not at a multiple of the tile.
 
@@ -77,6 +77,7 @@ def speedup(
     10.24
     """
     nq, nk = _lengths(pattern, nq, nk)
+    kv_tile = q_tile if kv_tile is None else kv_tile
     found = visits(pattern, q_tile, kv_tile, nq=nq, nk=nk, dynamic=dynamic)
     pairs = _pairs(pattern, nq, nk)
     computed = found.total * math.prod(_tuple(q_tile)) * math.prod(_tuple(kv_tile))
