@@ -180,6 +180,8 @@ class Rotary(Position):
 
     def cos_sin(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `(…, R/2)` of the angles at `positions (…)`, in the dtype and on the device of `like`."""
+        if positions.device.type == "mps":
+            positions = positions.cpu()  # no float64 there
         angles = positions.to(torch.float64)[..., None] * self._angles.to(positions.device)
         return (self.magnitude * angles.cos()).to(like), (self.magnitude * angles.sin()).to(like)
 
