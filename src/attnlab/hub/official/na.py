@@ -67,17 +67,23 @@ class NeighborhoodModule:
 
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return rename(params, ((r"^qkv\.", "wqkv."), (r"^proj\.", "wo.")))
+        renamed = rename(params, ((r"^qkv\.", "wqkv."), (r"^proj\.", "wo."), (r"^rpb$", "table")))
+        return {n: t.flatten(1).t() if n == "table" else t for n, t in renamed.items()}
 
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> NeighborhoodAttention:
         axes = int(re.search(r"Attention(\d)D", arguments["case_name"])[1])  # type: ignore[index]
+        old = "embed_dim" not in arguments
         module = NeighborhoodAttention(
-            arguments["embed_dim"],
+            arguments["dim" if old else "embed_dim"],
             heads=arguments["num_heads"],
             axes=axes,
             **rule(arguments),
+            relative="rpb" in params,
+            # Until 0.17 a small grid was padded; since then it is an error.
+            small="pad" if old else "error",
             bias="qkv.bias" in params,
+            out_bias="proj.bias" in params,
             scale=arguments.get("qk_scale"),
         )
         load(module, NeighborhoodModule.rename(params))
