@@ -1,8 +1,11 @@
 """NAT and DiNAT: published sizes, the view that dilation opens, any image size, and their stems."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import attnlab
 from attnlab.cards import describe
@@ -95,6 +98,16 @@ def test_patches_pad_an_image_to_whole_ones():
     torch.manual_seed(0)
     patches, x = Patches(3, 8, 4), torch.randn(1, 3, 10, 12)
     torch.testing.assert_close(patches(x), patches(F.pad(x, (0, 0, 0, 2))))
+
+
+@pytest.mark.parametrize("cls", [NAT, DiNAT])
+def test_the_authors_checkpoint_loads_and_gives_their_logits(cls, tmp_path):
+    tensors = load_file(Path(__file__).parents[2] / "goldens" / "dinat" / "tiny_model.safetensors")
+    theirs = {n.removeprefix("param."): t for n, t in tensors.items() if n.startswith("param.")}
+    save_file(theirs, tmp_path / "x.safetensors")
+    net = small(cls, mlp_ratio=2, dilations=((1, 3), (1, 2)))
+    attnlab.hub.load_official(net, tmp_path / "x.safetensors")
+    torch.testing.assert_close(net(tensors["in.x"]), tensors["out.y"])
 
 
 def test_settings_that_do_not_match_the_stages_are_refused():

@@ -12,6 +12,7 @@ from attnlab.hub.official import official
 from attnlab.hub.renaming import Rule, load, rename
 from attnlab.models.skeletons.pyramid import Block
 from attnlab.models.vision.nat import NAT as Ours
+from attnlab.models.vision.nat import DiNAT
 from attnlab.nn.spatial.neighborhood import NeighborhoodAttention
 
 _REPOSITORY = "SHI-Labs/Neighborhood-Attention-Transformer"
@@ -101,7 +102,8 @@ class Layer:
         return {"y": module(inputs["x"].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)}
 
 
-@official(_REPOSITORY, "NAT", "DiNAT", "DiNAT_s")
+@official(_REPOSITORY, ours=DiNAT)
+@official(_REPOSITORY, "NAT", "DiNAT", "DiNAT_s", ours=Ours)
 class Network:
     """Images to logits."""
 

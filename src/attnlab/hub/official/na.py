@@ -61,7 +61,7 @@ class NeighborhoodOp:
         }
 
 
-@official(_REPOSITORY, *(f"natten.NeighborhoodAttention{axes}D" for axes in (1, 2, 3)))
+@official(_REPOSITORY, *(f"natten.NeighborhoodAttention{axes}D" for axes in (1, 2, 3)), ours=NeighborhoodAttention)
 class NeighborhoodModule:
     """`NeighborhoodAttention1D`, `2D` and `3D` on `(B, *grid, C)`."""
 
