@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_compare_stops_at_ctrl_c_with_what_it_has(tmp_path):
     while not any(line.startswith("[2/") for line in lines):
         lines.append(running.stdout.readline())
         assert lines[-1] and time.monotonic() < until
-    running.send_signal(signal.SIGINT)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the study and its workers alike
     output, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "jobs are kept; the same command goes on" in output

@@ -103,3 +103,8 @@ def test_who_takes_positions_gets_rotary_ones_where_the_task_has_them(ready):
     turned = {key for key, module in built.items() if getattr(module, "position", None) is not None}
     assert turned == {("multihead", "text"), ("sliding_window", "text")}
     assert all(module(torch.randn(1, 8, 32), grid=None).shape == (1, 8, 32) for module in built.values())
+
+
+def test_a_mechanism_that_does_not_take_the_grid_says_so(ready):
+    assert "3 axes" in network.refuses("block_routing", ready["textures"])  # blocks of video
+    assert network.refuses("focal", ready["textures"]) == network.refuses("multihead", ready["text"]) == ""

@@ -152,3 +152,16 @@ def _parameters(task: Task, mechanism: str, width: int, hidden: int) -> int | No
 def takes_part(mechanism: str, task: type[Task]) -> str:
     """`why_not` by name; the control takes part everywhere."""
     return "" if mechanism == NONE else why_not(cards.describe(mechanism), task)
+
+
+def refuses(mechanism: str, task: Task) -> str:
+    """What a mechanism says against the task's length or grid; empty if it takes it."""
+    length, width = task.budget.length, 4 * _STEP
+    try:
+        with torch.no_grad():
+            mixer(mechanism, width, task.layout)(torch.zeros(1, length, width), grid=task.grid(length))
+    except ValueError as error:
+        return str(error)
+    except Exception:  # a mechanism that breaks is a result, and the trial will say so
+        return ""
+    return ""

@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,7 +62,8 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, threads, list(load)), daemon=True)
         self.job: Job | None = None
-        self.process.start()
+        with _deaf():
+            self.process.start()
         theirs.close()
 
     def give(self, job: Job) -> Job:
@@ -98,6 +100,19 @@ class _Worker:
         self.process.join()
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes started here do not hear Ctrl-C: it is for the study, which then stops its workers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _died(job: Job, code: int | None) -> dict:
     reason = f"the worker ended with code {code}"
     if code is not None and code < 0:
@@ -116,7 +131,7 @@ def _died(job: Job, code: int | None) -> dict:
 
 def _work(pipe: Connection, threads: int, load: list[str]) -> None:
     """A worker's life: receives jobs, sends (fraction, record, error)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the study, which then stops its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # see _deaf
     import torch
 
     from attnlab.arena.jobs import load_files

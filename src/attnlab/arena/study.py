@@ -18,7 +18,7 @@ import torch
 from attnlab import __version__, cards
 from attnlab.arena import jobs, memory
 from attnlab.arena.jobs import Job
-from attnlab.arena.network import NONE, takes_part
+from attnlab.arena.network import NONE, refuses, takes_part
 from attnlab.arena.pool import Event, perform
 from attnlab.arena.store import Store, Study
 from attnlab.arena.task import Task, find_task, tasks
@@ -63,12 +63,15 @@ def plan(
     chosen = _tasks(names_of_tasks, budget, data, left_out)
     contestants = _contestants(mechanisms)
     trials, layouts = [], set()
+    for task in chosen:
+        for name in contestants:
+            if reason := takes_part(name, type(task)) or refuses(name, task):
+                left_out.append([task.name, name, reason])
+    out = {(task, name) for task, name, _ in left_out}
     for seed in range(seeds):  # seed by seed, so that an interrupted study has something to say about all
         for task in chosen:
             for name in contestants:
-                if reason := takes_part(name, type(task)):
-                    if seed == 0:
-                        left_out.append([task.name, name, reason])
+                if (task.name, name) in out:
                     continue
                 trials.append(jobs.trial(task, name, seed, budget, device))
                 layouts.add((name, task.layout))
