@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import attnlab
 from attnlab.cards import STREAMING, TOKENS
 from attnlab.hub.checkpoints import load_official
-from attnlab.hub.official.llama import CausalLM
+from attnlab.hub.official import find
 from attnlab.models.skeletons.decoder import Decoder, sample
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.sparse.streaming_llm import SlidingWindow
@@ -64,14 +64,22 @@ def test_equals_llamas_equations() -> None:
     torch.testing.assert_close(m(text), rms(x, m.norm.weight) @ m.head.weight.T)
 
 
-def test_equals_transformers_with_the_same_weights() -> None:
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_equals_transformers_with_the_same_weights(family: str) -> None:
     transformers = pytest.importorskip("transformers")
     config = dict(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=False,
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=family == "Qwen2",
     )  # fmt: skip
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
-    ours, text = CausalLM.build({**config, "rope_theta": 10000.0}, dict(theirs.state_dict())), ids()
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**config)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    params, text = dict(theirs.state_dict()), ids()
+    if config["tie_word_embeddings"]:
+        del params["lm_head.weight"]
+    ours = find("huggingface/transformers", f"{family}ForCausalLM").build({**config, "rope_theta": 10000.0}, params)
     with torch.no_grad():
         torch.testing.assert_close(ours(text), theirs(text).logits, rtol=1e-4, atol=1e-5)
         assert torch.equal(

@@ -86,7 +86,7 @@ def scaling(given: Mapping[str, Any] | None) -> Scaling | None:
     raise ValueError(f"rope_scaling {kind!r} is not known; there are default, linear, ntk, yarn, llama3")
 
 
-@official("huggingface/transformers", "LlamaForCausalLM", "Qwen3ForCausalLM", ours=Decoder)
+@official("huggingface/transformers", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", ours=Decoder)
 @official("qiuzh20/gated_attention", "Qwen3ForCausalLM")
 class CausalLM:
     """Token ids to logits."""
@@ -99,7 +99,7 @@ class CausalLM:
         heads, dim = arguments["num_attention_heads"], arguments["hidden_size"]
         eps = arguments.get("rms_norm_eps", 1e-6)
         first = "blocks.0.mixer."
-        options: dict[str, Any] = {"bias": f"{first}wqkv.bias" in renamed}
+        options: dict[str, Any] = {"bias": f"{first}wqkv.bias" in renamed, "out_bias": f"{first}wo.bias" in renamed}
         if f"{first}q_norm.weight" in renamed:
             options["qk_norm"] = partial(nn.RMSNorm, eps=eps)
         gate = renamed.get(f"{first}wg.weight")

@@ -76,7 +76,7 @@ class GatedAttention(MultiHead):
         heads = self.kv_heads if at in ("values", "keys") else self.heads
         self.gates = 1 if shared or at == "output" else heads
         width = self.gates * (1 if gate == "head" else dim if at == "output" else self.head_dim)
-        self.wg = nn.Linear(dim, width, bias=self.wo.bias is not None) if gate and content else None
+        self.wg = nn.Linear(dim, width, bias=self.wqkv.bias is not None) if gate and content else None
         self.scores = nn.Parameter(torch.zeros(width)) if gate and not content else None
 
     def gated(self, y: Tensor, tokens: Tensor, at: Place) -> Tensor:

@@ -23,7 +23,6 @@ from attnlab.problem import Bias
         name="sliding_window",
         title="Efficient Streaming Language Models with Attention Sinks",
         paper="2309.17453",
-        system="streaming_llm",
         family="sparse",
         kind=TOKENS,
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | EXACT,
