@@ -105,7 +105,7 @@ def test_the_authors_checkpoint_loads_and_gives_their_logits(cls, tmp_path):
     tensors = load_file(Path(__file__).parents[2] / "goldens" / "dinat" / "tiny_model.safetensors")
     theirs = {n.removeprefix("param."): t for n, t in tensors.items() if n.startswith("param.")}
     save_file(theirs, tmp_path / "x.safetensors")
-    net = small(cls, mlp_ratio=2, dilations=((1, 3), (1, 2)))
+    net = small(cls, heads=(2, 2), mlp_ratio=2, dilations=((1, 3), (1, 2)))
     attnlab.hub.load_official(net, tmp_path / "x.safetensors")
     torch.testing.assert_close(net(tensors["in.x"]), tensors["out.y"])
 
