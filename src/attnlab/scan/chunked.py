@@ -2,23 +2,25 @@
 
 With the decays of a chunk folded into its rows (`Decays`), the chunk that starts from state S does
 
-    A = strictly lower of (β k)·k, decayed          T = (I + A)⁻¹          P = lower of q·k, decayed
-    u = T (β v) − T (β k ⊙ prefix) S                                        (without beta: u = v)
+    A = strictly lower of k·k, decayed          T = (I + β A)⁻¹ β          P = lower of q·k, decayed
+    u = T v − T (k ⊙ prefix) S                                            (without beta: u = v)
     o = (q ⊙ prefix) S + P u                S ← total ⊙ S + (k ⊙ suffix)ᵀ u
 
-Only u and S are in sequence. The backward keeps u and the state at each chunk's start and recomputes the rest, a few
-chunks at a time, so that the working set stays in cache.
+Only u and S are in sequence. The backward is given u, the state at each chunk's start and the matrices between tokens;
+it recomputes the rest, a few chunks at a time, so that the working set stays in cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnlab.scan.decays import Decays, decayed_scores, decayed_scores_backward, scalar_scores_backward, unit_inverse
+from attnlab.scan.decays import Decays, decayed_scores, decayed_scores_backward, shared_decay_backward, unit_inverse
 from attnlab.scan.recurrent import Inputs
 
 # Tokens (over all rows) that are worked on together: 64 channels of them in float32 fill 512 KiB, and about ten such
@@ -27,35 +29,44 @@ TOKENS_AT_A_TIME = 2048
 
 
 class _Parts:
-    """What a few chunks need beside the state that they start from: q, k (R, C, Dk), v (R, C, Dv), beta (R, C, 1)."""
+    """What a few chunks need beside the state that they start from: q, k (R, C, Dk), v (R, C, Dv), beta (R, C, 1).
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> None:
-        self.q, self.k, self.v, self.beta = q, k, v, beta
+    `rows` are what reads the state: q, and with beta also k. `readers` are the rows with the chunk's decays up to them,
+    `squares` (R, C, C) their decayed products with the earlier keys.
+    """
+
+    def __init__(self, inputs: Inputs, kept: Sequence[Tensor] = ()) -> None:
+        q, k, v, decay, beta = inputs
+        self.k, self.v, self.beta = k, v, beta
+        self.rows = [q] if beta is None else [q, k]
         self.decays = None if decay is None else Decays(decay.exp())
         self.weights: Tensor | None = None
-        self.read, self.write = q, k
-        if self.decays is not None:
-            if decay is not None and decay.shape[-1] == 1:
-                one = torch.ones_like(decay)
-                self.weights = decayed_scores(one, one, self.decays)
-            self.read, self.write = q * self.decays.prefix, k * self.decays.suffix
-        self.scores = self._scores(q)
-        self.scores.diagonal(0, 1, 2).copy_((q * k).sum(-1))
-        self.fresh = v
-        if beta is not None:
-            self.rows = beta * k
-            self.repeats = self._scores(self.rows)
-            self.solve = unit_inverse(self.repeats)
-            self.reread = self.rows if self.decays is None else self.rows * self.decays.prefix
-            self.known = self.solve @ self.reread
-            self.fresh = self.solve @ (beta * v)
-
-    def _scores(self, rows: Tensor) -> Tensor:
+        self.readers, self.write = self.rows, k
         if self.decays is None:
-            return (rows @ self.k.mT).tril(-1)
-        if self.weights is not None:
-            return (rows @ self.k.mT) * self.weights
-        return decayed_scores(rows, self.k, self.decays)
+            self.weights = k.new_ones(k.shape[1], k.shape[1]).tril(-1)
+        else:
+            self.readers, self.write = [row * self.decays.prefix for row in self.rows], k * self.decays.suffix
+            if self.decays.prefix.shape[-1] == 1:
+                one = torch.ones_like(self.decays.prefix)
+                self.weights = decayed_scores([one], one, self.decays)[0]
+        if kept:
+            self.squares = list(kept[: len(self.rows)])
+        elif self.weights is not None:
+            self.squares = [(row @ k.mT) * self.weights for row in self.rows]
+        elif self.decays is not None:
+            self.squares = decayed_scores(self.rows, k, self.decays)
+        self.scores = self.squares[0] + torch.diag_embed((q * k).sum(-1))
+        self.fresh = v
+        if kept and beta is not None:
+            self.solve, self.known = kept[len(self.rows) :]
+        elif beta is not None:
+            self.solve = unit_inverse(beta * self.squares[1])
+            scaled = self.solve * beta.mT
+            self.fresh, self.known = scaled @ v, scaled @ self.readers[1]
+
+    def kept(self) -> list[Tensor]:
+        """What is dear to compute again and small: given back as `kept`, `fresh` alone is not there."""
+        return self.squares if self.beta is None else [*self.squares, self.solve, self.known]
 
     def total(self, count: int) -> list[Tensor] | None:
         """The decay over each of `count` whole chunks, (M, 1 or Dk, 1) each."""
@@ -64,13 +75,13 @@ class _Parts:
         return list(self.decays.prefix[:, -1].unsqueeze(-1).chunk(count))
 
 
-def _chunks(x: Tensor | None, start: int, stop: int) -> Any:
+def _take(x: Tensor, start: int, stop: int) -> Tensor:
     """Chunks start..stop of x (M, n, C, D), chunk by chunk: ((stop − start)·M, C, D), contiguous."""
-    return None if x is None else x[:, start:stop].transpose(0, 1).flatten(0, 1).contiguous()
+    return x[:, start:stop].transpose(0, 1).flatten(0, 1).contiguous()
 
 
-def _put(into: Tensor | None, start: int, stop: int, value: Tensor) -> None:
-    if into is not None:
+def _put(into: Tensor | None, start: int, stop: int, value: Tensor | None) -> None:
+    if into is not None and value is not None:
         into[:, start:stop] = value.view(stop - start, -1, *value.shape[1:]).transpose(0, 1)
 
 
@@ -95,11 +106,11 @@ class _Chunked(torch.autograd.Function):
         rows, count, size, _ = q.shape
         step = max(1, TOKENS_AT_A_TIME // (rows * size))
         starts = {chunk: sequence for sequence, chunk in enumerate(first)}
-        out, kept_fresh, kept_states, final = torch.empty_like(v), [], [], []
+        out, kept, final = torch.empty_like(v), [], []
         now = state[0]
         for start in range(0, count, step):
             stop = min(start + step, count)
-            part = _Parts(*(_chunks(x, start, stop) for x in (q, k, v, decay, beta)))
+            part = _Parts(Inputs(q, k, v, decay, beta).each(partial(_take, start=start, stop=stop)))
             n = stop - start
             total, write, new = part.total(n), part.write.chunk(n), list(part.fresh.chunk(n))
             known = None if beta is None else part.known.chunk(n)
@@ -114,13 +125,12 @@ class _Chunked(torch.autograd.Function):
                     new[c] = torch.baddbmm(new[c], known[c], now, alpha=-1)
                 now = torch.baddbmm(now if total is None else now * total[c], write[c].mT, new[c])
             fresh, state_at = torch.cat(new), torch.cat(states)
-            _put(out, start, stop, torch.baddbmm(part.scores @ fresh, part.read, state_at))
+            _put(out, start, stop, torch.baddbmm(part.scores @ fresh, part.readers[0], state_at))
             if keep:
-                kept_fresh.append(fresh)
-                kept_states.append(state_at)
+                kept += [fresh, state_at, *part.kept()]
         final.append(now)
         if keep:
-            ctx.save_for_backward(q, k, v, decay, beta, *kept_fresh, *kept_states)
+            ctx.save_for_backward(q, k, v, decay, beta, *kept)
             ctx.first, ctx.step = first, step
         return out, torch.stack(final)
 
@@ -128,7 +138,8 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> Any:
         q, k, v, decay, beta, *kept = ctx.saved_tensors
-        kept_fresh, kept_states = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        pieces = -(-q.shape[1] // ctx.step)
+        each = len(kept) // pieces
         count, step = q.shape[1], ctx.step
         starts = {chunk: sequence for sequence, chunk in enumerate(ctx.first)}
         ends = {chunk - 1: sequence for sequence, chunk in enumerate((*ctx.first[1:], count))}
@@ -137,14 +148,15 @@ class _Chunked(torch.autograd.Function):
         d_beta = None if beta is None else torch.empty_like(beta)
         d_state: list[Tensor] = [d_final[0]] * len(ctx.first)
         d_now = d_final[-1]
-        for piece in reversed(range(len(kept_fresh))):
+        for piece in reversed(range(pieces)):
             start, stop = piece * step, min((piece + 1) * step, count)
-            part = _Parts(*(_chunks(x, start, stop) for x in (q, k, v, decay, beta)))
-            fresh, state_at, grad = kept_fresh[piece], kept_states[piece], _chunks(d_out, start, stop)
+            fresh, state_at, *dear = kept[piece * each : (piece + 1) * each]
+            part = _Parts(Inputs(q, k, v, decay, beta).each(partial(_take, start=start, stop=stop)), dear)
+            grad = _take(d_out, start, stop)
             n = stop - start
             total, write = part.total(n), part.write.chunk(n)
             known = None if beta is None else part.known.chunk(n)
-            d_new, d_states = list((part.scores.mT @ grad).chunk(n)), list((part.read.mT @ grad).chunk(n))
+            d_new, d_states = list((part.scores.mT @ grad).chunk(n)), list((part.readers[0].mT @ grad).chunk(n))
             d_next: list[Tensor] = []
             for c in reversed(range(n)):
                 if start + c in ends:
@@ -162,59 +174,44 @@ class _Chunked(torch.autograd.Function):
 
 
 def _backward(
-    part: _Parts, d_out: Tensor, d_new: Tensor, d_next: Tensor, fresh: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
-    """Gradients of q, k, v, decay, beta of a few chunks, given those of their outputs, values and later states."""
-    decays, beta, k = part.decays, part.beta, part.k
-    d_scores = d_out @ fresh.mT
-    d_read = d_out @ state.mT
-    d_write = fresh @ d_next.mT
-    d_diagonal = d_scores.diagonal(0, 1, 2).unsqueeze(-1)
-    rows, d_squares, squares = [part.q], [d_scores], [part.scores]
-    dv, d_reread = d_new, None
-    d_beta: Any = None
-    d_decay: Any = None
-    dk: Any  # `sum` starts from the integer 0
-    d_log: Any
+    part: _Parts, d_out: Tensor, d_fresh: Tensor, d_next: Tensor, fresh: Tensor, state: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, decay, beta of a few chunks, given those of their outputs, of u and of later states."""
+    decays, beta, k, rows = part.decays, part.beta, part.k, part.rows
+    dv, d_beta, upstream = d_fresh, None, [d_out]
     if beta is not None:
-        d_solved = part.solve.mT @ d_new
-        d_reread = d_solved @ state.mT
-        rows, squares = [part.q, part.rows], [part.scores, part.repeats]
-        d_squares = [d_scores, (d_solved @ fresh.mT).neg_()]
+        # u = β ⊙ written, where written = v − (what the state and the chunk's earlier tokens already say for this key).
+        d_solved = part.solve.mT @ d_fresh
+        written = part.v - torch.baddbmm(part.squares[1] @ fresh, part.readers[1], state)
+        d_beta = (d_solved * written).sum(-1, keepdim=True)
         dv = beta * d_solved
-        d_beta = (d_solved * part.v).sum(-1, keepdim=True)
-    if decays is None:
-        d_squares = [d.tril(-1) for d in d_squares]
-        d_rows = [d @ k for d in d_squares]
-        dk = sum(d.mT @ r for d, r in zip(d_squares, rows, strict=True)) + d_write
-        d_rows[0] += d_read
-        if d_reread is not None:
-            d_rows[1] -= d_reread
-    else:
-        d_prefix = d_read * part.read
-        if d_reread is not None:
-            d_prefix -= d_reread * part.reread
-        d_suffix = d_write * part.write
-        d_total = (d_next * state).sum(-1) * decays.prefix[:, -1]
-        d_prefix[:, -1] += d_total
-        if part.weights is not None:
-            weighted = [d * part.weights for d in d_squares]
-            d_rows = [d @ k for d in weighted]
-            dk = sum(d.mT @ r for d, r in zip(weighted, rows, strict=True))
-            d_log = sum(d * s for d, s in zip(d_squares, squares, strict=True))
-            d_decay = scalar_scores_backward(d_log, d_prefix.sum(-1), d_suffix.sum(-1)).unsqueeze(-1)
-        else:
-            d_rows, dk, d_decay = decayed_scores_backward(d_squares, rows, k, decays, d_prefix, d_suffix)
-        d_rows[0] += d_read * decays.prefix
-        dk += d_write * decays.suffix
-        if d_reread is not None:
-            d_rows[1] -= d_reread * decays.prefix
-    dq = d_rows[0].addcmul_(d_diagonal, k)
-    dk.addcmul_(d_diagonal, part.q)
-    if beta is not None:
-        d_beta = d_beta + (d_rows[1] * k).sum(-1, keepdim=True)
-        dk.addcmul_(beta, d_rows[1])
-    return dq, dk, dv, d_decay, d_beta
+        upstream = [d_out, -dv]
+    d_squares = [d @ fresh.mT for d in upstream]
+    d_rows = [d @ state.mT for d in upstream]  # of the readers, until the decays are multiplied in
+    dk = fresh @ d_next.mT  # of what is written, likewise
+    diagonal = d_squares[0].diagonal(0, 1, 2).unsqueeze(-1)
+    d_decay: Any = None
+    if decays is not None:
+        d_prefix, d_suffix = d_rows[0] * part.readers[0], dk * part.write
+        for d_row, reader in zip(d_rows[1:], part.readers[1:], strict=True):
+            d_prefix.addcmul_(d_row, reader)
+        d_prefix[:, -1] += (d_next * state).sum(-1) * decays.prefix[:, -1]
+        for d_row in d_rows:
+            d_row.mul_(decays.prefix)
+        dk.mul_(decays.suffix)
+    if part.weights is not None:
+        for row, d_row, d_square in zip(rows, d_rows, d_squares, strict=True):
+            weighted = d_square * part.weights
+            d_row.baddbmm_(weighted, k)
+            dk.baddbmm_(weighted.mT, row)
+        if decays is not None:
+            d_log = torch.stack([d * s for d, s in zip(d_squares, part.squares, strict=True)]).sum(0)
+            d_decay = shared_decay_backward(d_log, d_prefix.sum(-1), d_suffix.sum(-1)).unsqueeze(-1)
+    elif decays is not None:
+        d_decay = decayed_scores_backward(d_squares, rows, k, decays, d_rows, dk, d_prefix, d_suffix)
+    dq = d_rows[0].addcmul_(diagonal, k)
+    dk.addcmul_(diagonal, rows[0])
+    return dq, dk if beta is None else dk.add_(d_rows[1]), dv, d_decay, d_beta
 
 
 def chunked(inputs: Inputs, state: Tensor, first: tuple[int, ...]) -> tuple[Tensor, Tensor]:
