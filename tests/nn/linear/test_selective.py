@@ -15,7 +15,7 @@ VARIANTS = {
     "mamba without convolution bias": (Mamba, dict(states=3, expand=3, conv_bias=False)),
     "mamba2": (Mamba2, dict(states=3, head_dim=4)),
     "mamba2 in groups": (Mamba2, dict(states=3, head_dim=2, groups=3)),
-    "mamba2, one norm over groups": (Mamba2, dict(states=3, head_dim=2, groups=3, norm_groups=1, bias=True)),
+    "mamba2 with all biases": (Mamba2, dict(states=3, head_dim=2, bias=True, conv=2, conv_bias=False)),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -73,7 +73,7 @@ def mamba2_by_hand(m: Mamba2, u: Tensor) -> Tensor:
             d = delta[t, head]
             h = torch.exp(-d * m.a_log[head].exp()) * h + d * torch.outer(x[t, own], b[t, shared])
             y[t, own] = h @ c[t, shared] + m.skip[head] * x[t, own]
-    y = (y * silu(z)).unflatten(1, (m.norm_groups, -1))
+    y = (y * silu(z)).unflatten(1, (m.groups, -1))
     y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     return m.wo(y.flatten(1) * m.norm)
 
@@ -144,7 +144,6 @@ def test_first_steps_lie_between_a_thousandth_and_a_tenth():
         (Mamba, dict(expand=0), "expand must be"),
         (Mamba2, dict(head_dim=5), "head_dim must divide"),
         (Mamba2, dict(head_dim=4, groups=2), "groups must divide"),
-        (Mamba2, dict(head_dim=4, norm_groups=5), "norm_groups must divide"),
     ],
 )
 def test_bad_arguments_are_named(kind: type, keywords: dict, words: str):

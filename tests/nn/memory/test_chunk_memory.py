@@ -60,7 +60,9 @@ def test_forgetting_everything_leaves_the_last_surprise():
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 70])
-@pytest.mark.parametrize("keywords", [{}, dict(momentum=False, qk_norm=True), dict(heads=1, residual=False, out_norm=True)])
+@pytest.mark.parametrize(
+    "keywords", [{}, dict(momentum=False, qk_norm=True), dict(heads=1, residual=False, out_norm=True)]
+)
 def test_decoding_in_pieces_equals_the_whole_pass(chunk: int, keywords: dict):
     m, x = make(chunk=chunk, **keywords), tokens(75)
     with torch.no_grad():

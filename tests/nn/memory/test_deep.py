@@ -113,7 +113,11 @@ def test_slopes_are_the_derivatives_of_the_activations(activation: str):
 
 @pytest.mark.parametrize(
     ("keywords", "words"),
-    [(dict(depth=0), "depth must be"), (dict(activation="relu"), "activation must be"), (dict(expansion=0.1), "expansion")],
+    [
+        (dict(depth=0), "depth must be"),
+        (dict(activation="relu"), "activation must be"),
+        (dict(expansion=0.1), "expansion"),
+    ],
 )
 def test_bad_arguments_are_named(keywords: dict, words: str):
     with pytest.raises(ValueError, match=words):

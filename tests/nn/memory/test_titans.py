@@ -128,7 +128,11 @@ def test_the_state_does_not_grow_with_the_text(kind: type):
 
 @kinds
 def test_bad_arguments_are_named(kind: type):
-    for keywords, words in ((dict(causal=False), "causal only"), (dict(persistent=-1), "persistent"), (dict(heads=3), "heads")):
+    for keywords, words in (
+        (dict(causal=False), "causal only"),
+        (dict(persistent=-1), "persistent"),
+        (dict(heads=3), "heads"),
+    ):
         with pytest.raises(ValueError, match=words):
             make(kind, **keywords)
 
@@ -138,6 +142,7 @@ def test_positions_and_segments_that_do_not_fit_are_named():
         make(MemoryAsContext, position=ALiBi(HEADS))
     with pytest.raises(ValueError, match="segment must be"):
         make(MemoryAsContext, segment=0)
+    m = make(MemoryAsContext)
+    state = m.initial_state(3)
     with pytest.raises(ValueError, match="batch of 3"):
-        m = make(MemoryAsContext)
-        m(tokens(), state=m.initial_state(3))
+        m(tokens(), state=state)

@@ -181,9 +181,8 @@ class Mamba2(Selective):
         dim: C.
         states: S, the width of b and c.
         head_dim: P, which divides E.
-        groups: pairs b, c; each serves heads that follow each other.
+        groups: pairs b, c; each serves heads that follow each other, which are normed together.
         expand, conv, conv_bias, bias: as for `Mamba`.
-        norm_groups: parts of the channels that are normed apart (`groups` if None).
     """
 
     def __init__(
@@ -197,7 +196,6 @@ class Mamba2(Selective):
         conv: int = 4,
         conv_bias: bool = True,
         bias: bool = False,
-        norm_groups: int | None = None,
         norm_eps: float = 1e-5,
         causal: bool = True,
     ) -> None:
@@ -207,9 +205,7 @@ class Mamba2(Selective):
         self.heads, self.groups = self.inner // head_dim, groups
         if groups < 1 or self.heads % groups:
             raise ValueError(f"groups must divide the number of heads {self.heads}, got {groups}")
-        self.norm_groups, self.norm_eps = norm_groups or groups, norm_eps
-        if self.inner % self.norm_groups:
-            raise ValueError(f"norm_groups must divide expand · dim = {self.inner}, got {norm_groups}")
+        self.norm_eps = norm_eps
         self.head_dim, self.steps = head_dim, self.heads
         self.widths = [self.inner, groups * states, groups * states]
         self.wi = nn.Linear(dim, self.inner + sum(self.widths) + self.heads, bias=bias)
@@ -250,7 +246,7 @@ class Mamba2(Selective):
             (values * delta.unsqueeze(-1)).to(values.dtype), decay=delta * self.rates().unsqueeze(-1), state=memory,
         )  # fmt: skip
         y = join_heads(torch.addcmul(y, values, self.skip.view(-1, 1, 1))) * silu(gate)
-        parts = y.unflatten(-1, (self.norm_groups, -1))
+        parts = y.unflatten(-1, (self.groups, -1))
         y = nn.functional.rms_norm(parts, parts.shape[-1:], eps=self.norm_eps).flatten(-2)
         y = linear(y * self.norm, self.wo.weight, self.wo.bias)
         return y if state is None else (y, SelectiveState(past, memory))
