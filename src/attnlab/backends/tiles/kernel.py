@@ -59,6 +59,7 @@ class _TileAttention(torch.autograd.Function):
     ) -> Any:
         call = Call(q, k, v, tiling, scale, bias)
         arranged = call.arrange(q)
+        k, v = call.gatherable(k), call.gatherable(v)
         call.look_up()
         out, lse = call.forward(arranged, k, v)
         call.looked = None
@@ -103,6 +104,11 @@ class Call:
         """`x (B, H, Nq, D)` as `(B, Nq, r, Hkv, width)` in the tiling's order."""
         x = by_token(_widen(x, self.width if width is None else width), self.repeat)
         return x if self.tiling.order is None else x.index_select(1, self.tiling.order)
+
+    def gatherable(self, x: Tensor) -> Tensor:
+        """`x (B, Hkv, N, D)`, with each token's heads next to each other in memory if tiles gather tokens."""
+        gathered = any(g.keys.shared and g.keys.run is None for g in self.tiling.groups)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if gathered else x
 
     def restore(self, x: Tensor) -> Tensor:
         """Undo `arrange`, except for the width."""
