@@ -183,6 +183,15 @@ def test_half_precision_accumulates_in_float32(kind, dtype):
 
 
 @kinds
+def test_autocast_changes_nothing(kind):
+    x = problem(kind, 40, dtype=torch.float32)
+    wanted = everything(x, backend="chunked")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = everything(x, backend="chunked")
+    assert_same(got, wanted, 0.0)
+
+
+@kinds
 def test_gradients_equal_finite_differences(kind):
     x = {n: t.requires_grad_() for n, t in problem(kind, 6, batch=1, heads=2, key_heads=1, dk=2, dv=2).items()}
     names = list(x)

@@ -137,43 +137,49 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> Any:
-        q, k, v, decay, beta, *kept = ctx.saved_tensors
-        pieces = -(-q.shape[1] // ctx.step)
-        each = len(kept) // pieces
-        count, step = q.shape[1], ctx.step
-        starts = {chunk: sequence for sequence, chunk in enumerate(ctx.first)}
-        ends = {chunk - 1: sequence for sequence, chunk in enumerate((*ctx.first[1:], count))}
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_decay = None if decay is None else torch.empty_like(decay)
-        d_beta = None if beta is None else torch.empty_like(beta)
-        d_state: list[Tensor] = [d_final[0]] * len(ctx.first)
-        d_now = d_final[-1]
-        for piece in reversed(range(pieces)):
-            start, stop = piece * step, min((piece + 1) * step, count)
-            fresh, state_at, *dear = kept[piece * each : (piece + 1) * each]
-            part = _Parts(Inputs(q, k, v, decay, beta).each(partial(_take, start=start, stop=stop)), dear)
-            grad = _take(d_out, start, stop)
-            n = stop - start
-            total, write = part.total(n), part.write.chunk(n)
-            known = None if beta is None else part.known.chunk(n)
-            d_new, d_states = list((part.scores.mT @ grad).chunk(n)), list((part.readers[0].mT @ grad).chunk(n))
-            d_next: list[Tensor] = []
-            for c in reversed(range(n)):
-                if start + c in ends:
-                    d_now = d_final[ends[start + c]]
-                d_next.append(d_now)
-                d_new[c] = torch.baddbmm(d_new[c], write[c], d_now)
-                d_before = d_states[c] + (d_now if total is None else d_now * total[c])
-                d_now = d_before if known is None else torch.baddbmm(d_before, known[c].mT, d_new[c], alpha=-1)
-                if start + c in starts:
-                    d_state[starts[start + c]] = d_now
-            grads = _backward(part, grad, torch.cat(d_new), torch.cat(d_next[::-1]), fresh, state_at)
-            for into, value in zip((dq, dk, dv, d_decay, d_beta), grads, strict=True):
-                _put(into, start, stop, value)
-        return dq, dk, dv, d_decay, d_beta, torch.stack(d_state), None, None
+        with torch.autocast(d_out.device.type, enabled=False):
+            return _backward(ctx, d_out, d_final)
 
 
-def _backward(
+def _backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> Any:
+    """From the last chunks to the first: the forward's parts again, the states' gradients one by one, then the rest."""
+    q, k, v, decay, beta, *kept = ctx.saved_tensors
+    pieces = -(-q.shape[1] // ctx.step)
+    each = len(kept) // pieces
+    count, step = q.shape[1], ctx.step
+    starts = {chunk: sequence for sequence, chunk in enumerate(ctx.first)}
+    ends = {chunk - 1: sequence for sequence, chunk in enumerate((*ctx.first[1:], count))}
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    d_decay = None if decay is None else torch.empty_like(decay)
+    d_beta = None if beta is None else torch.empty_like(beta)
+    d_state: list[Tensor] = [d_final[0]] * len(ctx.first)
+    d_now = d_final[-1]
+    for piece in reversed(range(pieces)):
+        start, stop = piece * step, min((piece + 1) * step, count)
+        fresh, state_at, *dear = kept[piece * each : (piece + 1) * each]
+        part = _Parts(Inputs(q, k, v, decay, beta).each(partial(_take, start=start, stop=stop)), dear)
+        grad = _take(d_out, start, stop)
+        n = stop - start
+        total, write = part.total(n), part.write.chunk(n)
+        known = None if beta is None else part.known.chunk(n)
+        d_new, d_states = list((part.scores.mT @ grad).chunk(n)), list((part.readers[0].mT @ grad).chunk(n))
+        d_next: list[Tensor] = []
+        for c in reversed(range(n)):
+            if start + c in ends:
+                d_now = d_final[ends[start + c]]
+            d_next.append(d_now)
+            d_new[c] = torch.baddbmm(d_new[c], write[c], d_now)
+            d_before = d_states[c] + (d_now if total is None else d_now * total[c])
+            d_now = d_before if known is None else torch.baddbmm(d_before, known[c].mT, d_new[c], alpha=-1)
+            if start + c in starts:
+                d_state[starts[start + c]] = d_now
+        grads = _gradients(part, grad, torch.cat(d_new), torch.cat(d_next[::-1]), fresh, state_at)
+        for into, value in zip((dq, dk, dv, d_decay, d_beta), grads, strict=True):
+            _put(into, start, stop, value)
+    return dq, dk, dv, d_decay, d_beta, torch.stack(d_state), None, None
+
+
+def _gradients(
     part: _Parts, d_out: Tensor, d_fresh: Tensor, d_next: Tensor, fresh: Tensor, state: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, decay, beta of a few chunks, given those of their outputs, of u and of later states."""
