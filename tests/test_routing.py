@@ -268,6 +268,21 @@ def test_the_lists_equal_the_oracle_in_output_lse_and_gradients(route, size):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9 * size)
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0], ids=["", "large scores"])
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_torchs_fused_backward_of_each_tile_adds_up_to_the_whole(route, size):
+    # It is taken where values are as wide as keys and nothing but the output is differentiated.
+    tensors = tuple(x.requires_grad_() for x in heads(50, size=size, value_dim=8))
+    pattern = route.select(*tensors[:2]) & Window(20, causal=False)
+    found = []
+    for backend in ("routed", "reference"):
+        out = attend(*tensors, pattern=pattern, backend=backend)
+        torch.manual_seed(1)
+        found.append(torch.autograd.grad((out * torch.randn_like(out)).sum(), tensors))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9 * size)
+
+
 @pytest.mark.parametrize("weighting", ["sigmoid", "relu", "none", Softmax(off=1.0)], ids=str)
 @pytest.mark.parametrize("route", [ROUTES[3], ROUTES[4], ROUTES[-2]], ids=str)
 def test_any_weighting_equals_the_oracle(route, weighting):

@@ -54,7 +54,10 @@ class RoutedBlocks:
         if found is None:
             raise ValueError(f"pattern must be a choice of blocks or clusters, got {p.pattern}")
         chosen, _ = found
-        scores = p.pairs * chosen.density(p.nq, p.nk)
+        if isinstance(chosen, Routed):  # short blocks counted as whole ones
+            scores = p.pairs * int(chosen.table.count_nonzero()) / chosen.table.numel()
+        else:
+            scores = p.pairs * chosen.density(p.nq, p.nk)
         passes = 4 if p.needs_grad else 1
         width, tile = p.dim + p.value_dim, max(chosen.queries.size if isinstance(chosen, Routed) else 1, 64)
         moved = p.dtype.itemsize * scores / tile * width * passes

@@ -15,6 +15,7 @@ from attnlab.weightings import SOFTMAX, Elementwise, Weighting
 
 # Scores of one step and core: with what they are made from, they stay in its second-level cache.
 STEP_BYTES = 2**20
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 # Scores are exponentiated as they are if no product of norms can exceed this: e^±60 and sums of it are far from the
 # limits of float32.
 SAFE = 60.0
@@ -63,11 +64,14 @@ class _RoutedAttention(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return (None,) * 5
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        flat = _Flat(q, k, v, ctx.plan, ctx.how)
+        if grad_lse is None and flat.fused:
+            return (*flat.fused_backward(grad_out, out, lse), None, None)
         # The scores' gradient is  w ⊙ (grad_out·v − Σ grad_out ⊙ out + grad_lse).
         shift = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         if grad_lse is not None:
             shift = shift - grad_lse
-        return (*_Flat(q, k, v, ctx.plan, ctx.how).backward(grad_out, lse, shift), None, None)
+        return (*flat.backward(grad_out, lse, shift), None, None)
 
 
 class _Flat:
@@ -136,20 +140,19 @@ class _Flat:
         """Scaled queries, keys, and the scores of some tiles."""
         q = self._take("q", self.q, tiles.queries, tiles.rows)
         k = self._take("k", self.k, tiles.keys, tiles.columns)
-        scores = self._product("scores", q, k.transpose(1, 2))
-        if tiles.hidden is not None and self.how.normalised:
-            scores.masked_fill_(tiles.hidden, -math.inf)
-        return q, k, scores
+        return q, k, self._product("scores", q, k.transpose(1, 2))
 
     def _weights(self, tiles: Group, scores: Tensor, shift: Tensor | None) -> Tensor:
         """exp(scores − shift of the query) in place, or what another weighting makes of the scores."""
         weighting = self.how.weighting
         if isinstance(weighting, Elementwise):
             weights = weighting.apply(scores, self.plan.keys.blocks.length)
-            return weights if tiles.hidden is None else weights.masked_fill_(tiles.hidden, 0.0)
-        if shift is not None:
-            scores -= self._take("shift", shift, tiles.queries, tiles.rows)
-        return scores.exp_()
+        else:
+            if shift is not None:
+                scores -= self._take("shift", shift, tiles.queries, tiles.rows)
+            weights = scores.exp_()
+        # Only now, since exp(−inf) takes ten times as long as exp of a number.
+        return weights if tiles.hidden is None else weights.masked_fill_(tiles.hidden, 0.0)
 
     def _slope(self, tiles: Group, scores: Tensor, weights: Tensor, grad: Tensor, shift: Tensor) -> Tensor:
         """The gradient of the scores in place of that of the weights."""
@@ -176,7 +179,10 @@ class _Flat:
             return None
         highest = self._zeros(self.q, 1).fill_(-math.inf)
         for tiles in self._steps():
-            top = self._scores(tiles)[2].amax(-1).flatten()
+            scores = self._scores(tiles)[2]
+            if tiles.hidden is not None:
+                scores.masked_fill_(tiles.hidden, -math.inf)
+            top = scores.amax(-1).flatten()
             rows = tiles.queries[..., None] * tiles.rows + torch.arange(tiles.rows, device=self.device)
             highest.view(-1).scatter_reduce_(0, rows.flatten(), top, "amax")
         return highest.masked_fill_(highest == -math.inf, 0.0)
@@ -215,5 +221,33 @@ class _Flat:
             slope = self._slope(tiles, scores, weights, slope, shift)
             self._add(grad_q, tiles.queries, tiles.rows, self._product("out", slope, k))
             self._add(grad_k, tiles.keys, tiles.columns, self._product("out", slope.transpose(1, 2), q))
+        return self._gradients(grad_q, grad_k, grad_v)
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch's fused backward takes the problem."""
+        return self.how.normalised and self.random is None and self.q.shape[1] == self.v.shape[1]
+
+    def fused_backward(self, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`backward` by torch's kernel: with the log-sum-exp over all keys it gives each tile's share."""
+        lse = self._queries(lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1))
+        grads, outs = self._queries(grad_out), self._queries(out)
+        grad_q, grad_k, grad_v = (self._zeros(x) for x in (self.q, self.k, self.v))
+        for tiles in self._steps():
+            rows, columns = (tiles.queries, tiles.rows), (tiles.keys, tiles.columns)
+            mask = None
+            if tiles.hidden is not None:
+                mask = torch.zeros(tiles.hidden.shape, dtype=self.wide, device=self.device)
+                mask = mask.masked_fill_(tiles.hidden, -math.inf).unsqueeze(1)
+            inputs = [self._take("grad", grads, *rows), self._take("q", self.q, *rows)]
+            inputs += [self._take("k", self.k, *columns), self._take("v", self.v, *columns)]
+            inputs += [self._take("out", outs, *rows), self._take("lse", lse, *rows).squeeze(-1)]
+            parts = _fused(*(x.unsqueeze(1) for x in inputs), 0.0, False, attn_mask=mask, scale=1.0)
+            self._add(grad_q, *rows, parts[0])
+            self._add(grad_k, *columns, parts[1])
+            self._add(grad_v, *columns, parts[2])
+        return self._gradients(grad_q, grad_k, grad_v)
+
+    def _gradients(self, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         back_k, back_v = (self.plan.keys.unpad(x, self.kv_shape).to(self.dtype) for x in (grad_k, grad_v))
         return (self._results(grad_q) * self.how.scale).to(self.dtype), back_k, back_v
