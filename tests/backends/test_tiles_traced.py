@@ -6,7 +6,9 @@ from torch import nn
 
 from attnlab import attend
 from attnlab.backends.tiles.traced import read, tell, tellable, traced_attention
+from attnlab.nn.spatial.neighborhood import Offset
 from attnlab.patterns import Causal, Documents, Explicit, Halo, Neighborhood, PowersOfTwo, Sinks, Window
+from attnlab.problem import Lookup
 
 PATTERNS = (
     Window(3) | Sinks(2) & Causal(),
@@ -25,11 +27,13 @@ class Mixer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.wqkv = nn.Linear(8, 24)
+        self.table = nn.Parameter(torch.randn(25, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.wqkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        pattern = Neighborhood((x.shape[1] // 32, 32), 3) | Sinks(2)
-        return attend(q, k, v, pattern=pattern).transpose(1, 2).flatten(2)
+        grid = (x.shape[1] // 32, 32)
+        bias = Lookup(self.table, Offset(grid, (3, 3), (1, 1)))
+        return attend(q, k, v, pattern=Neighborhood(grid, 3) | Sinks(2), bias=bias).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -48,7 +52,7 @@ def test_the_operator_fulfils_torchs_own_checks_and_equals_the_oracle():
     for pattern in PATTERNS[:3]:
         words, numbers = [], []
         tell(pattern, words, numbers)
-        arguments = q, k, v, " ".join(words), numbers, 0.5
+        arguments = q, k, v, None, f"*2 {' '.join(words)} None", numbers, 0.5
         torch.library.opcheck(
             torch.ops.attnlab.tile_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
@@ -70,9 +74,14 @@ def test_a_compiled_module_is_one_graph_for_grids_that_change_and_trains_alike()
         results = []
         for module in (mixer, compiled):
             out = module(x)
-            results.append((out, *torch.autograd.grad(out.square().sum(), (x, mixer.wqkv.weight))))
+            results.append((out, *torch.autograd.grad(out.square().sum(), (x, mixer.wqkv.weight, mixer.table))))
         for eager, graph in zip(*results, strict=True):
             torch.testing.assert_close(graph, eager)
+
+
+def test_a_graph_can_name_only_what_is_imported():
+    with pytest.raises(ValueError, match="the graph needs system of os: import it before the graph runs"):
+        read("os:system #", (1,))
 
 
 def test_an_exported_program_holds_the_operator():

@@ -68,7 +68,7 @@ class Tiles:
     def run(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         p = problem
         if p.traced:
-            return traced_attention(q, k, v, p.pattern, p.scale)
+            return traced_attention(q, k, v, p.pattern, p.scale, p.bias if isinstance(p.bias, Lookup) else None)
         if not (p.pattern.per_batch or p.pattern.per_head):
             return _one(p, q, k, v)
         found = [_one(part, q[b, h], k[b, kv], v[b, kv]) for part, b, h, kv in p.parts()]
@@ -84,9 +84,11 @@ def _untraceable(p: Problem) -> str:
         return "not worth it for few pairs inside torch.compile"
     if p.is_full or p.is_causal:
         return "dense is made for full and causal attention"
-    if not _fused(p) or p.bias is not None or not p.is_softmax:
-        return "inside torch.compile only plain softmax on the CPU"
-    return "" if tellable(p.pattern) else "a graph cannot hold a pattern of tensors, or of a class of one's own"
+    if not (_fused(p) and p.is_softmax) or (p.bias is not None and not isinstance(p.bias, Lookup)):
+        return "inside torch.compile only softmax on the CPU, with no bias but one that is looked up"
+    if isinstance(p.bias, Lookup) and not (hasattr(p.bias.row, "__dataclass_fields__") and tellable(p.bias.row)):
+        return "a graph cannot hold the rows of the bias: make them a dataclass of numbers"
+    return "" if tellable(p.pattern) else "a graph cannot hold a pattern of tensors"
 
 
 def _fused(p: Problem) -> bool:
