@@ -60,8 +60,8 @@ def scan(
             state per sequence, (len(cu_seqlens) − 1, H, Dk, Dv).
         chunk: tokens per chunk of the chunked form, rounded up to a power of two; what is fast (32 with a decay per
             channel, else 64) if None.
-        backend: "recurrent", "chunked", "fla" (CUDA, with flash-linear-attention), or "auto": fla where it is there,
-            else recurrent for up to two tokens, else chunked.
+        backend: "recurrent", "chunked", "fla" (CUDA, with flash-linear-attention), or "auto": recurrent for up to two
+            tokens, else fla where it is there and nothing is being compiled, else chunked.
 
     Returns:
         Outputs (B, H, N, Dv) in v's dtype and the state in the dtype of the accumulation: float32, or float64 for
@@ -78,7 +78,8 @@ def scan(
         wanted = (sequences, heads, width, v.shape[-1])
         raise ValueError(f"state must have shape {wanted}, one per sequence and head, got {tuple(state.shape)}")
     if backend == "auto":
-        backend = "fla" if fla.usable(q, decay) else "recurrent" if length <= 2 and bounds is None else "chunked"
+        one_by_one = length <= 2 and bounds is None
+        backend = "recurrent" if one_by_one else "fla" if fla.usable(q) else "chunked"
     if backend == "fla":
         return fla.run(q, k, v, decay, beta, 1.0 if scale is None else scale, state, bounds)
 

@@ -15,9 +15,10 @@ def installed() -> bool:
     return find_spec("fla") is not None
 
 
-def usable(q: Tensor, decay: Tensor | None) -> bool:
-    """Whether the kernels are there and take these inputs."""
-    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256 and installed()
+def usable(q: Tensor) -> bool:
+    """Whether the kernels are there and take these inputs; torch.compile cannot look into them."""
+    fits = q.is_cuda and q.dtype != torch.float64 and q.shape[-1] <= 256
+    return fits and installed() and not torch.compiler.is_compiling()
 
 
 def run(

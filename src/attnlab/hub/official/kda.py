@@ -84,8 +84,24 @@ def _rename_kda(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _stack_experts(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released checkpoint holds each expert by itself, as experts.N.w1, w2, w3; transformers stacks them."""
+    found, numbers = {}, dict[str, int]()
+    for name, tensor in params.items():
+        expert = re.fullmatch(r"(.*experts)\.(\d+)\.w[123]\.weight", name)
+        if expert is None:
+            found[name] = tensor
+        else:
+            numbers[expert[1]] = max(numbers.get(expert[1], 0), int(expert[2]) + 1)
+    for prefix, count in numbers.items():
+        w1, w2, w3 = ([params[f"{prefix}.{n}.{w}.weight"] for n in range(count)] for w in ("w1", "w2", "w3"))
+        found[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(w1, w3, strict=True)])
+        found[f"{prefix}.down_proj"] = torch.stack(w2)
+    return found
+
+
 def _rename_moe(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = dict(params)
+    found = _stack_experts({n.replace("block_sparse_moe.", "mlp."): t for n, t in params.items()})
     _join(found, ("shared_experts.gate_proj.weight", "shared_experts.up_proj.weight"), "shared.w13")
     _join(found, ("shared_experts.down_proj.weight",), "shared.w2")
     for name in [n for n in found if "shared.w" in n]:
@@ -278,7 +294,7 @@ def _routing(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @official(_TRANSFORMERS, "KimiLinearForCausalLM", ours=KimiLinear)
 class TransformersKimiLinear:
-    """Token ids `(B, T)` to logits."""
+    """Token ids `(B, T)` to logits; reads checkpoints as transformers names them and as the authors released them."""
 
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
