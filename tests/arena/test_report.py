@@ -122,7 +122,7 @@ def test_charts_draw_any_numbers_inside_their_frame(values):
         charts.front_chart(series, "x", "y", lower=True, baseline=("<none>", values[0])),
     ):
         at = [float(n) for n in re.findall(r'c[xy]="([-\d.]+)"', drawn)]
-        assert at and all(0 <= n <= 460 for n in at)
+        assert at and all(0 <= n <= 380 for n in at)
         assert "nan" not in drawn and "<none>" not in drawn
     assert charts.line_chart([], "x", "y") == ""
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from attnlab.arena.summary import Row, answer, number
+from attnlab.arena.summary import Row, answer, number, score
 
 ABOUT = {"better": "lower", "metric": "bits", "trivial": ["guess", 8.0], "title": "", "layout": "causal"}
 HIGHER = {**ABOUT, "better": "higher", "metric": "accuracy", "trivial": ["guess", 0.1]}
@@ -16,7 +16,7 @@ def row(mechanism, *scores, speed=1000.0, status="done"):
 def test_the_best_is_used_when_nothing_is_as_good():
     found = answer(ABOUT, [row("a", 1.0, 1.1, 1.2), row("b", 2.0, 2.1, 2.2), row("none", 4.0, 4.1)])
     assert (found.use, found.best, found.tied) == ("a", "a", ["a"])
-    assert found.sentence == "a, 1.10 ± 0.100 bits (guess has 8.00): clearly the best; next is b with 2.10"
+    assert found.sentence == "a, 1.1 ± 0.1 bits (guess has 8.00): clearly the best; next is b with 2.10"
 
 
 def test_the_fastest_within_the_spread_of_the_best_is_used():
@@ -74,3 +74,16 @@ def test_curves_are_means_with_their_range():
 def test_numbers_are_short(value, text):
     assert number(value) == text
     assert number(math.nan) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("scores", "text"),
+    [
+        ((29.93, 29.95, 29.97), "29.95 ± 0.02"),
+        ((1.0, 1.0), "1.000 ± 0"),
+        ((3.0512,), "3.051"),
+        ((120.0, 140.0), "130 ± 14"),
+    ],
+)
+def test_scores_end_where_their_spread_begins(scores, text):
+    assert score(row("a", *scores)) == text

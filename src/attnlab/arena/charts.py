@@ -113,24 +113,21 @@ class _Axis:
         return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
+        low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
         if self.log:
             decades = range(math.floor(self.low), math.ceil(self.high) + 1)
-            for steps in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
-                ticks = [
-                    m * 10.0**d for d in decades for m in steps if self.low <= math.log10(m * 10.0**d) <= self.high
-                ]
+            for steps in ((1,), (1, 3), (1, 2, 5)):
+                ticks = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
                 if len(ticks) >= 3:
                     return ticks
-            return ticks
-        rough = (self.high - self.low) / 5
+        rough = (high - low) / 5
         unit = 10 ** math.floor(math.log10(rough))
         step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough)
-        first = math.ceil(self.low / step)
-        return [i * step for i in range(first, math.floor(self.high / step) + 1)]
+        return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 class _Plot:
-    def __init__(self, x: _Axis, y: _Axis, x_label: str, y_label: str, width: int = 460, height: int = 300):
+    def __init__(self, x: _Axis, y: _Axis, x_label: str, y_label: str, width: int = 380, height: int = 270):
         self.axes, self.width, self.height = (x, y), width, height
         self.parts: list[str] = []
         bottom, left, right = height - _BOTTOM, _LEFT, width - _RIGHT
@@ -166,11 +163,16 @@ class _Plot:
         self.add(f'<circle class="dot c{colour}" {place}><title>{escape(title)}</title></circle>')
 
     def label(self, x: float, y: float, text: str, taken: list[tuple[float, float]]) -> None:
-        """Writes beside a dot, moved up until it meets no label before it."""
-        anchor, at = ("end", self.x(x) - 8) if self.axes[0].place(x) > 0.7 else ("start", self.x(x) + 8)
-        height = self.y(y) + 4
-        while any(abs(at - other_x) < 90 and abs(height - other_y) < 12 for other_x, other_y in taken):
-            height -= 4
+        """Writes beside a dot, a little higher or lower where another label stands."""
+        anchor, at = ("end", self.x(x) - 8) if self.axes[0].place(x) > 0.6 else ("start", self.x(x) + 8)
+        places = [self.y(y) + 4 + step for step in (0, -11, 11, -22, 22, -33, 33, -44, 44)]
+        free = [
+            height
+            for height in places
+            if _TOP + 8 < height < self.height - _BOTTOM
+            and not any(abs(at - other_x) < 80 and abs(height - other_y) < 11 for other_x, other_y in taken)
+        ]
+        height = (free or places)[0]
         taken.append((at, height))
         self.text(at, height, text, anchor, "label")
 

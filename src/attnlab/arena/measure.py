@@ -19,7 +19,7 @@ from attnlab.cost import count_flops, fit_growth
 LENGTHS = {"small": (256, 1024, 4096), "medium": (256, 1024, 4096, 16_384)}
 WIDTH = {"small": 64, "medium": 128}
 DECODE_AT = (64, 4096)
-_PATIENCE = {"small": 2.0, "medium": 20.0}  # seconds that one call may be expected to take
+_PATIENCE = {"small": 3.0, "medium": 20.0}  # seconds that one call may be expected to take
 _REPEAT_FOR = 0.15  # seconds over which a call is repeated, at least three times
 
 
@@ -69,7 +69,10 @@ def run_sweep(
         module = mixer(mechanism, width, layout).to(device).eval()
         with torch.no_grad():
             for i, length in enumerate(LENGTHS[budget]):
-                sweep.points.append(_point(module, sweep.points, length, layout, width, _PATIENCE[budget], device))
+                reason = _too_much(sweep.points, length, _growth(mechanism), _PATIENCE[budget], device)
+                sweep.points.append(
+                    Point(length, reason=reason) if reason else _point(module, length, layout, width, device)
+                )
                 progress((i + 1) / (len(LENGTHS[budget]) + 1))
             if layout == CAUSAL and mechanism != NONE and cards.describe(mechanism).claims(cards.STREAMING):
                 sweep.decode = {at: _decode(module, at, width, device) for at in DECODE_AT}
@@ -84,13 +87,14 @@ def run_sweep(
     return sweep
 
 
-def _point(
-    module: nn.Module, before: list[Point], length: int, layout: str, width: int, patience: float, device: str
-) -> Point:
+def _growth(mechanism: str) -> float:
+    """The exponent that the card claims for its FLOPs; quadratic where it claims none."""
+    return 2.0 if mechanism == NONE else cards.describe(mechanism).growth or 2.0
+
+
+def _point(module: nn.Module, length: int, layout: str, width: int, device: str) -> Point:
     side = math.isqrt(length)
     grid = (side, side) if layout == GRID else None
-    if reason := _too_much(before, length, patience, device):
-        return Point(length, reason=reason)
     x = torch.randn(1, length, width, device=device)
 
     def call() -> object:
@@ -100,18 +104,16 @@ def _point(
     return Point(length, seconds_of(call, device), memory.peak(call, device), flops)
 
 
-def _too_much(before: list[Point], length: int, patience: float, device: str) -> str:
-    """Foretells from the lengths before, at their steepest: quadratic until two of them say otherwise."""
+def _too_much(before: list[Point], length: int, growth: float, patience: float, device: str) -> str:
+    """Why a length is left out, foretold from the one before and the growth; empty if it is not."""
     if not before:
         return ""
     last = before[-1]
     if last.seconds is None:
         return "longer than a length that was left out"
-    times = (length / last.length) ** 2
+    times = (length / last.length) ** growth
     if last.memory and (refusal := memory.refusal(int(last.memory * times), device)):
         return refusal
-    if len(before) > 1 and before[-2].seconds:
-        times = max(length / last.length, last.seconds / before[-2].seconds)
     if last.seconds * times > patience:
         return f"would take about {last.seconds * times:.0f} s a call"
     return ""

@@ -11,7 +11,7 @@ from attnlab.arena import charts, export, influence
 from attnlab.arena.charts import Series
 from attnlab.arena.memory import as_text
 from attnlab.arena.network import NONE
-from attnlab.arena.summary import Row, Summary, number, sign, whole
+from attnlab.arena.summary import Row, Summary, number, score, sign, whole
 
 PAGE = "index.html"
 _MARK = "<!-- attnlab report -->"  # how we know our own pages again
@@ -83,7 +83,9 @@ def page(summary: Summary) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("attnlab.arena", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=number, whole=whole, bytes=lambda value: "–" if value is None else as_text(value))
+    environment.filters.update(
+        number=number, whole=whole, score=score, bytes=lambda value: "–" if value is None else as_text(value)
+    )
     colours = {name: i % _COLOURS for i, name in enumerate(summary.mechanisms)}
     return environment.get_template("report.html.j2").render(
         mark=_MARK,

@@ -59,7 +59,7 @@ class Row:
 class Answer:
     """Which mechanism to use on a task, as a sentence and as names."""
 
-    sentence: str
+    sentence: str  # begins with what to use
     use: str = ""
     best: str = ""
     tied: list[str] = field(default_factory=list)  # as good as the best within the spread, the best included
@@ -169,8 +169,17 @@ def _mean(row: Row) -> float:
 
 
 def _score(row: Row, about: dict) -> str:
-    spread = "" if row.spread is None else f" ± {number(row.spread)}"
-    return f"{number(_mean(row))}{spread} {about['metric']}"
+    return f"{score(row)} {about['metric']}"
+
+
+def score(row: Row) -> str:
+    """Mean ± spread, to the digit that the spread leaves certain: 29.95 ± 0.02."""
+    if row.mean is None:
+        return "–"
+    if not row.spread:
+        return number(row.mean, 4) + ("" if row.spread is None else " ± 0")
+    places = max(0, -math.floor(math.log10(row.spread)))
+    return f"{row.mean:,.{places}f} ± {row.spread:.{places}f}"
 
 
 def whole(value: float | None) -> str:

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnlab.arena.memory import as_text
-from attnlab.arena.summary import Row, Summary, number, sign, whole
+from attnlab.arena.summary import Summary, number, score, sign, whole
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -21,7 +21,8 @@ def show(summary: Summary, console: Console) -> None:
         console.print(left_out(summary))
     console.print(answer_table(summary))
     for task, answer in summary.answers.items():
-        console.print(f"  [bold]{task}[/]: use [bold green]{escape(answer.sentence)}", highlight=False)
+        rest = escape(answer.sentence.removeprefix(answer.use))
+        console.print(f"  [bold]{task}[/]: use [bold green]{answer.use}[/]{rest}", highlight=False, soft_wrap=True)
 
 
 def task_table(summary: Summary, task: str) -> Table:
@@ -116,11 +117,6 @@ def _trouble(console: Console, reasons: dict[str, str]) -> None:
     for mechanism, reason in reasons.items():
         if reason:
             console.print(f"  [red]{mechanism}: {escape(reason)}", highlight=False, soft_wrap=True)
-
-
-def score(row: Row) -> str:
-    spread = "" if row.spread is None else f" ±{number(row.spread, 1)}"
-    return f"{number(row.mean)}{spread}"
 
 
 def milliseconds(seconds: float | None) -> str:

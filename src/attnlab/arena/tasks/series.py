@@ -31,7 +31,6 @@ class Series(Task):
     title = "next twelve values of climate and economic series"
     metric = "MAE"
     extra = "data"
-    positions = True
     budgets = {
         "small": Budget(parameters=40_000, depth=2, steps=200, batch=16, length=60, learning_rate=2e-3, examples=32),
         "medium": Budget(parameters=100_000, depth=3, steps=800, batch=64, length=60, learning_rate=1e-3, examples=64),
