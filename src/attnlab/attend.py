@@ -208,20 +208,22 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k's heads must divide q's heads, got {k.shape[1]} and {q.shape[1]}")
 
 
-def _check_bias(bias: Bias, q: Tensor, wanted: tuple[int, int, int, int]) -> bool:
+def _check_bias(bias: Bias, q: Tensor, wanted: tuple[int, ...]) -> bool:
     """Raise unless `bias` fits; whether it is to be trained."""
     if isinstance(bias, Tensor):
         values = bias
-    else:
-        if not callable(bias):
-            raise TypeError(f"bias must be a tensor or a function of indices, got {type(bias).__name__}")
-        if isinstance(bias, Lookup) and (bias.table.dim() != 2 or bias.table.shape[1] != q.shape[1]):
-            raise ValueError(f"bias's table must have shape (rows, H = {q.shape[1]}), got {tuple(bias.table.shape)}")
+    elif isinstance(bias, Lookup):
+        values, wanted = bias.table, (*bias.table.shape[:-1], q.shape[1])
+        if values.dim() != 2 or values.shape[1] != q.shape[1]:
+            raise ValueError(f"bias's table must have shape (rows, H = {q.shape[1]}), got {tuple(values.shape)}")
+    elif callable(bias):
         # One pair of the function shows what it returns, and whether a gradient flows into it.
         zero = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=q.device)
         values, wanted = bias(zero, zero, zero, zero), (1, 1, 1, 1)
         if not isinstance(values, Tensor):
             raise TypeError(f"bias must return a tensor, got {type(values).__name__}")
+    else:
+        raise TypeError(f"bias must be a tensor or a function of indices, got {type(bias).__name__}")
     fits = values.dim() <= 4 and all(b in (1, w) for b, w in zip(values.shape[::-1], wanted[::-1], strict=False))
     if not fits:
         raise ValueError(f"bias must be broadcastable to (B, H, Nq, Nk) = {wanted}, got {tuple(values.shape)}")
