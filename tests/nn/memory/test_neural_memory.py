@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from attnlab.models.skeletons.decoder import Decoder
 from attnlab.nn.memory.neural_memory import NeuralMemory, pieces
+from attnlab.nn.sparse.streaming_llm import SlidingWindow
 
 DIM = 6
 VARIANTS = {
@@ -176,3 +179,36 @@ def test_a_state_of_another_batch_is_refused():
 def test_bad_arguments_are_named(keywords: dict, words: str):
     with pytest.raises(ValueError, match=words):
         NeuralMemory(DIM, **keywords)
+
+
+def pairs(batch: int, gap: int = 12) -> tuple[Tensor, Tensor]:
+    """Texts k₁v₁ k₂v₂ k₃v₃, a gap of filler, then one of the keys; and the value that belongs to it."""
+    keys = torch.rand(batch, 6).argsort(1)[:, :3]
+    values = 6 + torch.randint(6, (batch, 3))
+    asked = torch.randint(3, (batch, 1))
+    told = torch.stack([keys, values], 2).flatten(1)
+    text = torch.cat([told, torch.full((batch, gap), 12), keys.gather(1, asked)], 1)
+    return text, values.gather(1, asked).squeeze(1)
+
+
+def test_it_recalls_pairs_from_beyond_a_window_of_attention():
+    """Chance is 1/6, and all that a window of 8 tokens can do, from which no gradient reaches the pairs."""
+    torch.manual_seed(0)
+    memory = Decoder(
+        vocabulary=13, dim=24, depth=1, heads=1, hidden=24, mixer="neural_memory", position="none",
+        mixer_options=dict(chunk=4, depth=1),
+    )  # fmt: skip
+    optimiser = torch.optim.AdamW(memory.parameters(), lr=1e-2)
+    for _ in range(150):
+        text, value = pairs(32)
+        optimiser.zero_grad()
+        cross_entropy(memory(text, last=True)[:, 0], value).backward()
+        optimiser.step()
+    with torch.no_grad():
+        text, value = pairs(500)
+        assert (memory(text, last=True)[:, 0].argmax(-1) == value).float().mean() > 0.6
+
+    window = SlidingWindow(DIM, heads=1, window=8, sinks=0, causal=True)
+    x = torch.randn(1, text.shape[1], DIM, requires_grad=True)
+    (gradient,) = torch.autograd.grad(window(x)[:, -1].sum(), x)
+    assert not gradient[:, :6].any()
