@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnlab import attend
 from attnlab.backends.tiles import Group, Lists, Tiling, tile_attention, tiling
+from attnlab.backends.tiles.plan import split
 from attnlab.cost import count_flops, fit_growth
 from attnlab.patterns import (
     Axial,
@@ -261,6 +262,23 @@ def test_no_tensor_grows_with_the_pairs(name, keywords):
     with Largest() as largest:
         attend(q, k, v, pattern=pattern, backend="tiles", **keywords).sum().backward()
     assert largest.elements <= n * n // 8
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Axial((32, 32), 0) | Axial((32, 32), 1),
+        Window(32) | Dilated(32),
+        Neighborhood((32, 32), 3) | (Axial((32, 32), 0) | Axial((32, 32), 1)),
+    ],
+    ids=["criss-cross", "strided", "three in one"],
+)
+def test_sides_of_an_or_that_want_other_tiles_are_computed_apart_and_merged(pattern):
+    parts = split(pattern, 1024, 1024)
+    assert len(parts) > 1
+    assert torch.equal(sum(p.matrix(1024).int() for p in parts), pattern.matrix(1024).int())
+    assert sum(tiling(p, 1024, 1024).pairs for p in parts) < tiling(pattern, 1024, 1024).pairs / 2
+    assert_equal_to_the_oracle(sample(1024, 1024, batch=1, heads=1, kv_heads=1, dim=3, value_dim=2), pattern=pattern)
 
 
 def test_a_plan_is_made_once_and_asks_about_few_pairs():

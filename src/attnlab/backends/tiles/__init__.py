@@ -10,7 +10,7 @@ from torch import Tensor
 from attnlab.backends.routed import RoutedBlocks
 from attnlab.backends.tiles.kernel import tile_attention
 from attnlab.backends.tiles.plain import plain_attention
-from attnlab.backends.tiles.plan import tiling
+from attnlab.backends.tiles.plan import split, tiling
 from attnlab.backends.tiles.tiling import STEP_BYTES, Group, Lists, Tiling
 from attnlab.backends.tiles.traced import tellable, traced_attention
 from attnlab.cost import Cost, machine
@@ -45,14 +45,16 @@ class Tiles:
 
     def cost(self, problem: Problem) -> Cost:
         p = problem
-        plan = tiling(p.pattern.at(0, 0), p.nq, p.nk, p.device)
-        pairs = float(p.batch * p.heads * plan.pairs)
+        parts = split(p.pattern.at(0, 0), p.nq, p.nk) if _fused(p) else (p.pattern.at(0, 0),)
+        plans = [tiling(part, p.nq, p.nk, p.device) for part in parts]
+        pairs = float(p.batch * p.heads * sum(plan.pairs for plan in plans))
         fused, passes = _fused(p), 4 if p.needs_grad else 1
         # Keys and values are copied for each tile, and their gradients added up again.
-        copied = sum(g.keys.tiles * g.keys.length for g in plan.groups if g.keys.run is None)
+        groups = [g for plan in plans for g in plan.groups]
+        copied = sum(g.keys.tiles * g.keys.length for g in groups if g.keys.run is None)
         moved = 2.0 * p.dtype.itemsize * p.batch * p.kv_heads * copied * (p.dim + p.value_dim) * passes
         apart = (p.batch if p.pattern.per_batch else 1) * (p.heads if p.pattern.per_head else 1)
-        steps = apart * len(plan.groups) + moved / STEP_BYTES
+        steps = apart * len(groups) + moved / STEP_BYTES
         tokens = p.batch * p.heads * (p.nq + p.nk) * (p.dim + p.value_dim)
         return machine(p.device).cost(
             "fused" if fused else "by_hand",
@@ -98,13 +100,24 @@ def _fused(p: Problem) -> bool:
 
 
 def _one(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    plan = tiling(p.pattern, p.nq, p.nk, p.device)
     off = math.log(p.weighting.off) if isinstance(p.weighting, Softmax) and p.weighting.off else None
     if not _fused(p):
-        out, lse = plain_attention(p, q, k, v, plan)
+        out, lse = plain_attention(p, q, k, v, tiling(p.pattern, p.nq, p.nk, p.device))
         return out, lse if off is None else torch.logaddexp(lse, torch.full_like(lse, off))
-    out, lse = tile_attention(q, k, v, plan, scale=p.scale, bias=p.bias)
+    out, lse = _merged([
+        tile_attention(q, k, v, tiling(part, p.nq, p.nk, p.device), scale=p.scale, bias=p.bias)
+        for part in split(p.pattern, p.nq, p.nk)
+    ])  # fmt: skip
     if off is None:
         return out, lse
     # What is added to the denominator is one more key with a value of zero.
     return out * torch.sigmoid(lse - off).unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, torch.full_like(lse, off))
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of all parts, which are disjoint."""
+    if len(parts) == 1:
+        return parts[0]
+    from attnlab.attend import merge  # above this room, but the same mathematics
+
+    return merge(parts)

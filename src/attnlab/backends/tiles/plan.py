@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnlab.backends.tiles.tiling import Group, Lists, Tiling, kinds_of
-from attnlab.patterns import Pattern
+from attnlab.patterns import Or, Pattern
 
 # Queries per tile of a sequence. More would see too many keys in vain, fewer would gather each key too often.
 TILE = 64
@@ -37,6 +37,29 @@ def tiling(pattern: Pattern, nq: int, nk: int, device: torch.device | None = Non
             parts[queries.shape[1]].append(part)
     groups = [group for size in parts for sized in _by_width(parts[size]) for group in _groups(*sized)]
     return Tiling(nq, nk, tuple(groups))
+
+
+@lru_cache(maxsize=256)
+def split(pattern: Pattern, nq: int, nk: int) -> tuple[Pattern, ...]:
+    """Patterns over disjoint keys that make up `pattern`: more than one where sides of an "or" want other tiles.
+
+    Rows and columns of a grid, say: tiles of one that also listed the keys of the other would list nearly all keys.
+    """
+    if not isinstance(pattern, Or) or pattern.per_batch or pattern.per_head:
+        return (pattern,)
+    left, right = (split(side, nq, nk) for side in (pattern.left, pattern.right))
+    if 2 * sum(_listed(part, nq, nk) for part in (*left, *right)) > _listed(pattern, nq, nk):
+        return (pattern,)
+    return (*left, *(part & ~pattern.left for part in right))
+
+
+def _listed(pattern: Pattern, nq: int, nk: int) -> int:
+    """Pairs of queries and keys that the pattern's own tiles and lists name."""
+    total = 0
+    for queries in _query_tiles(pattern, nq, None):
+        keys = pattern.tile_keys(queries, nk)
+        total += queries.shape[1] * (len(queries) * nk if keys is None else int((keys >= 0).sum()))
+    return total
 
 
 def _query_tiles(pattern: Pattern, nq: int, device: torch.device | None) -> list[Tensor]:
