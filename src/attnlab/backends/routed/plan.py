@@ -203,12 +203,15 @@ def _by_columns(
         return
     column = head * keys.count + block
     counts = column.bincount(minlength=len(first) * keys.count)
-    tiles = -(-counts // TILE)
-    start = (tiles.cumsum(0) - tiles) * TILE - (counts.cumsum(0) - counts)
+    size = TILE
+    while size > 16 and size * int(counts.count_nonzero()) > 2 * len(column):
+        size //= 2  # blocks are met by few: more would be padding than queries
+    tiles = -(-counts // size)
+    start = (tiles.cumsum(0) - tiles) * size - (counts.cumsum(0) - counts)
     # Places left over take the query after the last, which is nobody's.
-    listed = torch.full((int(tiles.sum()) * TILE,), len(first) * queries.count, device=device)
+    listed = torch.full((int(tiles.sum()) * size,), len(first) * queries.count, device=device)
     listed[start[column] + torch.arange(len(column), device=device)] = head * queries.count + query
-    listed = listed.view(-1, TILE)
+    listed = listed.view(-1, size)
     owner = torch.repeat_interleave(torch.arange(len(tiles), device=device), tiles)
     head, block = owner // keys.count, owner % keys.count
     hidden = None
