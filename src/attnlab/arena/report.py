@@ -97,6 +97,7 @@ def page(summary: Summary) -> str:
         sweeps=_sweep_charts(summary, colours),
         pictures=_pictures(summary),
         left_out=_left_out(summary),
+        decode_at=sorted({int(at) for sweep in summary.sweeps for at in sweep.get("decode") or ()}),
     )
 
 
