@@ -178,7 +178,7 @@ def _check(
         raise ValueError(f"beta must have shape {tuple(v.shape[:3])}, got {tuple(beta.shape)}")
     # Reading the values waits for a GPU and cannot be traced, so they are looked at only where that is cheap.
     looked_at = decay is not None and decay.device.type == "cpu" and not torch.compiler.is_compiling()
-    if decay is not None and looked_at and bool((decay > 0).any()):
+    if decay is not None and looked_at and float(decay.detach().amax()) > 0:
         raise ValueError(f"decay is the logarithm of the decay and must be ≤ 0, got {float(decay.max()):.3g}")
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk must be a positive integer, got {chunk!r}")

@@ -72,6 +72,14 @@ def decayed_scores(rows: list[Tensor], k: Tensor, decays: Decays) -> list[Tensor
     return squares
 
 
+def _product(small: Tensor, x: Tensor) -> Tensor:
+    """small @ x for small (n, h, h), x (n, h, D): on a CPU, `bmm` of one or two rows is ten times slower than this."""
+    if small.shape[1] > 2:
+        return torch.bmm(small, x)
+    y = small[:, :, :1] * x[:, :1]
+    return y if small.shape[1] == 1 else y.addcmul_(small[:, :, 1:], x[:, 1:])
+
+
 def decayed_scores_backward(
     d_squares: list[Tensor],
     rows: list[Tensor],
@@ -95,16 +103,18 @@ def decayed_scores_backward(
         prefix[:, 0, -1] += prefix[:, 1].sum(1)
         prefix[:, 1, -1] += suffix[:, 0].sum(1)
         low = k.view(pairs)[:, 0] * early
-        d_low = torch.zeros_like(low)
+        d_low: Tensor | None = None
         for row, d_row, d_square in zip(rows, d_rows, d_squares, strict=True):
             d_corners = _corners(d_square, half).reshape(-1, half, half)
             high = row.view(pairs)[:, 1] * late
-            d_high = torch.bmm(d_corners, low)
-            d_low.baddbmm_(d_corners.mT, high)
+            d_high = _product(d_corners, low)
+            more = _product(d_corners.mT, high)
+            d_low = more if d_low is None else d_low.add_(more)
             d_row.view(pairs)[:, 1].addcmul_(d_high, late)
             prefix[:, 1].addcmul_(d_high, high)
-        dk.view(pairs)[:, 0].addcmul_(d_low, early)
-        suffix[:, 0].addcmul_(d_low, low)
+        if d_low is not None:
+            dk.view(pairs)[:, 0].addcmul_(d_low, early)
+            suffix[:, 0].addcmul_(d_low, low)
         half //= 2
     return d_prefix
 
