@@ -99,6 +99,21 @@ def test_a_compiler_that_fails_is_reported_and_remembered(monkeypatch):
         assert backend.unsupported(pose(Q, Q, Q, pattern=Window(5))) == ""
 
 
+def test_the_ninth_problem_is_compiled_too(monkeypatch):
+    from torch._dynamo import config
+
+    limits = []
+
+    def compiled(q, k, v, **keywords):
+        limits.append((config.recompile_limit, config.accumulated_recompile_limit, config.fail_on_recompile_limit_hit))
+        return v
+
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    before = config.recompile_limit
+    flex.Flex().run(pose(Q, Q, Q, pattern=Window(4)), Q, Q, Q)
+    assert limits == [(1024, 4096, True)] and config.recompile_limit == before
+
+
 def test_visiting_fewer_blocks_is_predicted_to_be_cheaper():
     with compiling():
         q = torch.zeros(1, 2, 4096, 32)

@@ -87,7 +87,8 @@ class Flex:
         else:
             mask = None if p.is_full else _block_mask(p.pattern, batch or 1, heads or 1, p.nq, p.nk, p.device)
             try:
-                found = _compiled()(q, k, v, block_mask=mask, **keywords)
+                with _room_to_compile():
+                    found = _compiled()(q, k, v, block_mask=mask, **keywords)
             except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
                 reason = str(error).strip().partition("\n")[0][:200]
                 self._failed[p.key] = f"failed to compile: {type(error).__name__}: {reason}"
@@ -118,6 +119,16 @@ def _score_mod(p: Problem) -> Callable[..., Tensor] | None:
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
+
+
+def _room_to_compile() -> Any:
+    """Let every problem have its compiled kernel: past torch's limit of eight it would run uncompiled, and silently."""
+    from torch._dynamo import config
+
+    wanted = {"fail_on_recompile_limit_hit": True, "accumulated_recompile_limit": 4096, "recompile_limit": 1024}
+    # Before torch 2.7 the limits had other names.
+    wanted |= {name.replace("recompile_limit", "cache_size_limit"): value for name, value in wanted.items()}
+    return config.patch({name: value for name, value in wanted.items() if hasattr(config, name)})
 
 
 @lru_cache(maxsize=2)
