@@ -290,6 +290,23 @@ def test_a_plan_is_made_once_and_asks_about_few_pairs():
     assert inner.queries.tiles >= 1019 and inner.seen.shape[2] == 1 and inner.keys.run and inner.queries.run
 
 
+def test_a_second_derivative_is_refused_not_wrong():
+    q, k, v = sample()
+    loss = attend(q, k, v, pattern=Window(9), backend="tiles").square().sum()
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_full_attention_costs_n_squared_on_the_dense_backend():
+    def flops(n):
+        q, k, v = sample(n, n, batch=1, heads=1, kv_heads=1, dim=2, value_dim=2, dtype=torch.float32)
+        return count_flops(lambda: attend(q, k, v, pattern=Full(), backend="dense"))
+
+    sizes = (128, 256, 512)
+    assert fit_growth(sizes, [flops(n) for n in sizes]) == pytest.approx(2.0)
+
+
 def test_nan_reaches_every_query_that_sees_it():
     q, k, v = (x.detach().clone() for x in sample())
     v[:, :, 40] = math.nan

@@ -28,8 +28,8 @@ _PLANNED_ONCE = 2**22
 class Tiles:
     """Every pattern on the CPU, forward and backward, in memory that grows with the tokens and not with their pairs.
 
-    Softmax goes through torch's fused kernel tile by tile; other weightings, dropout and trained biases through plain
-    tensor operations, tile by tile too.
+    Softmax goes through torch's fused kernel tile by tile, with a fixed bias or a looked-up one; other weightings,
+    dropout and bias tensors that are trained go through plain tensor operations, tile by tile too.
     """
 
     name = "tiles"

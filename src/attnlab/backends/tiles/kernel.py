@@ -1,7 +1,7 @@
 """Attention tile by tile: gather each tile's keys, one small dense attention under a residual mask, put the rows back.
 
-Softmax with a fixed bias goes through torch's fused CPU kernel, which returns the log-sum-exp; only that is saved, and
-the backward recomputes the rest. Working memory is one step of tiles (`tiling.STEP_BYTES`), never Nq·Nk.
+Softmax goes through torch's fused CPU kernel, which returns the log-sum-exp; only that is saved, and the backward
+recomputes the rest. Working memory is one step of tiles (`tiling.STEP_BYTES`), never Nq·Nk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attnlab.backends.tiles.lookups import TileLookups
 from attnlab.backends.tiles.masks import additive_mask
@@ -44,7 +45,7 @@ def tile_attention(
     Returns:
         out `(B, H, Nq, Dv)` and lse `(B, H, Nq)`, both differentiable; zeros and −inf for a query without keys.
 
-    Cost: 2·pairs·(D + Dv) FLOPs per head, pairs = `tiling.pairs`; memory O(N) beside the inputs.
+    Cost: 2·pairs·(D + Dv) FLOPs per head, pairs = `tiling.pairs`; memory O(N) beside the inputs. Differentiable once.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     table = bias.table if isinstance(bias, Lookup) else None
@@ -69,6 +70,7 @@ class _TileAttention(torch.autograd.Function):
         return call.restore(out)[..., : call.value_dim], call.restore(lse)[..., 0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         call = ctx.call
         if grad_out is None and grad_lse is None:
