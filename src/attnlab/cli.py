@@ -23,7 +23,11 @@ app = typer.Typer(
 RESULTS = "results.sqlite"
 _INTERRUPTED = 130
 
-Names = Annotated[list[str] | None, typer.Option(help="Comma-separated, or given several times.")]
+_SEVERAL = "Comma-separated, or given several times."
+Tasks = Annotated[
+    list[str] | None, typer.Option(help=f"text, textures, photos-x2, series, recall, needle; all of them. {_SEVERAL}")
+]
+Mechanisms = Annotated[list[str] | None, typer.Option(help=f"Names from attnlab list; nine if not given. {_SEVERAL}")]
 
 
 def main() -> None:
@@ -119,8 +123,8 @@ def show(name: str) -> None:
 
 @app.command()
 def compare(
-    tasks: Names = None,
-    mechanisms: Names = None,
+    tasks: Tasks = None,
+    mechanisms: Mechanisms = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trials per task and mechanism.")] = 3,
     budget: Annotated[str, typer.Option(help="small (minutes on a laptop) or medium (hours, or a GPU).")] = "small",
     out: Annotated[Path, typer.Option(help="Folder of the results file and the report.")] = Path("runs"),

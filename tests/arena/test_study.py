@@ -61,7 +61,8 @@ def test_a_mechanism_whose_source_changed_runs_anew(toys, tmp_path, monkeypatch)
         (["recall"], ["multihed"], {}, "did you mean 'multihead'"),
         (["recall"], ["focal"], {}, "none of them can do any"),
         (["recall"], [], {"seeds": 0}, "0 is not a number of seeds"),
-        (["recall"], [], {"budget": "huge"}, "'huge' is not one of"),
+        (["recall"], [], {"budget": "huge"}, "'huge' is not one of small, medium"),
+        (["recall"], [], {"device": "tpu"}, "'tpu' is not here; cpu"),
         (["recall"], [], {"data": __file__}, "none of the tasks recall reads text; text would"),
     ],
 )
@@ -210,3 +211,22 @@ def test_data_of_the_users_choose_the_tasks_that_read_them(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="does not exist"):
         study.plan([], data=tmp_path / "none")
+
+
+def test_a_full_disk_stops_the_study_and_keeps_what_was_done(toys, tmp_path):
+    plan = study.plan(["sums"], ["toy"], seeds=3)
+    with Store(tmp_path / "r.sqlite") as store:
+        done = []
+
+        def watch(event):
+            if event.record is not None:
+                done.append(event.job.key)
+                pages = store.connection.execute("pragma page_count").fetchone()[0]
+                store.connection.execute(f"pragma max_page_count = {pages}")  # SQLite's own word for a full disk
+
+        with pytest.raises(StoreError, match="the disk is full"):
+            study.run(plan, store, workers=0, watch=watch)
+        assert done == list(store.results()) and done
+    with Store(tmp_path / "r.sqlite") as store:  # room again
+        study.run(plan, store, workers=0)
+        assert not study.missing(plan.jobs, store)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from attnlab import __version__, cards
-from attnlab.arena import jobs, memory
+from attnlab.arena import jobs, measure, memory
 from attnlab.arena.jobs import Job
 from attnlab.arena.network import NONE, refuses, takes_part
 from attnlab.arena.pool import Event, perform
@@ -57,8 +57,10 @@ def plan(
     """Reads the data and lists the jobs. Unknown names and missing packages of what was asked for are errors."""
     if seeds < 1:
         raise ValueError(f"seeds: {seeds} is not a number of seeds; at least 1 is wanted")
+    if budget not in measure.LENGTHS:
+        raise ValueError(f"budget: {budget!r} is not one of {', '.join(measure.LENGTHS)}")
+    device = _device(device)
     jobs.load_files(load)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     left_out: list[list[str]] = []
     chosen = _tasks(names_of_tasks, budget, data, left_out)
     contestants = _contestants(mechanisms)
@@ -89,6 +91,15 @@ def plan(
     }
     about = {task.name: _about(task) for task in chosen}
     return Plan(trials, sweeps, left_out, about, settings, [str(Path(path)) for path in load])
+
+
+def _device(name: str) -> str:
+    """The device asked for, or the GPU if there is one."""
+    has_gpu = torch.cuda.is_available()
+    kind = name.split(":")[0]
+    if kind not in ("", "cpu", "cuda") or (kind == "cuda" and not has_gpu):
+        raise ValueError(f"device: {name!r} is not here; {'cpu or cuda' if has_gpu else 'cpu'} is")
+    return name or ("cuda" if has_gpu else "cpu")
 
 
 def _about(task: Task) -> dict:
