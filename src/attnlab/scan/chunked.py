@@ -55,7 +55,8 @@ class _Parts:
             self.squares = [(row @ k.mT) * self.weights for row in self.rows]
         elif self.decays is not None:
             self.squares = decayed_scores(self.rows, k, self.decays)
-        self.scores = self.squares[0] + torch.diag_embed((q * k).sum(-1))
+        self.scores = self.squares[0].clone()
+        self.scores.diagonal(0, 1, 2).copy_((q * k).sum(-1))
         self.fresh = v
         if kept and beta is not None:
             self.solve, self.known = kept[len(self.rows) :]

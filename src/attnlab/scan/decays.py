@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink, threshold
+from torch.nn.functional import hardshrink
 
 
 def negligible(dtype: torch.dtype) -> float:
@@ -41,11 +41,14 @@ class Decays:
             pairs = (rows * size // (2 * half), 2, half, width)
             prefix, suffix = self.prefix.view(pairs), self.suffix.view(pairs)
             after = prefix[:, 1, -1:].clone()
-            self.levels.append(threshold(torch.stack([suffix[:, 0], prefix[:, 1]], 1), floor, 0.0))
+            level = prefix.clone()
+            level[:, 0].copy_(suffix[:, 0])
+            self.levels.append(torch.threshold_(level, floor, 0.0))
             prefix[:, 1].mul_(prefix[:, 0, -1:])
             suffix[:, 0].mul_(after)
             half *= 2
-        self.prefix, self.suffix = threshold(self.prefix, floor, 0.0), threshold(self.suffix, floor, 0.0)
+        torch.threshold_(self.prefix, floor, 0.0)
+        torch.threshold_(self.suffix, floor, 0.0)
 
 
 def _corners(square: Tensor, half: int) -> Tensor:
