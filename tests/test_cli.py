@@ -167,3 +167,18 @@ def test_the_command_line_starts_without_the_heavy_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_cannot_be_asked_leaves_nothing_behind(tmp_path):
+    for wrong in (("--tasks", "recal"), ("--mechanisms", "multihed"), ("--budget", "huge"), ("--device", "tpu")):
+        with pytest.raises(ValueError, match=r"recal|multihed|huge|tpu"):
+            run("compare", "--out", str(tmp_path / "runs"), *wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_does_not_take_a_folder_of_something_else_for_its_report(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="report exists"):
+        run("compare", "--tasks", "recall", "--out", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]

@@ -146,11 +146,11 @@ def compare(
     from attnlab.arena.summary import summarise
 
     console, folder = _console(), out / "report"
+    pages.check(folder, force=pages.is_ours(folder))  # now, not after the last trial
+    plan = study.plan(
+        _split(tasks), _split(mechanisms), seeds=seeds, budget=budget, data=data, device=device, load=load or ()
+    )
     with Store(out / RESULTS) as store:
-        pages.check(folder, force=pages.is_ours(folder))  # now, not after the last trial
-        plan = study.plan(
-            _split(tasks), _split(mechanisms), seeds=seeds, budget=budget, data=data, device=device, load=load or ()
-        )
         ahead = study.missing(plan.jobs, store)
         already = f", {len(plan.jobs) - len(ahead)} of them done before" if len(ahead) < len(plan.jobs) else ""
         count = f"{len(plan.trials)} trials and {len(plan.sweeps)} cost sweeps{already}"
