@@ -173,6 +173,17 @@ def test_dropout_keeps_the_mean_and_the_pattern():
     assert ((only_itself == 0) | torch.isclose(only_itself, 2 * v)).all()
 
 
+@pytest.mark.parametrize(("nq", "nk"), [(N, N), (30, 95), (95, 30)])
+def test_full_and_causal_attention_with_lse_never_hold_all_pairs(nq, nk):
+    for pattern in (Full(), Causal()):
+        assert_equal_to_the_oracle(sample(nq, nk), pattern=pattern)
+    q, k, v = sample(2048, 2048, batch=1, heads=2, kv_heads=1, dim=4, value_dim=4, dtype=torch.float32)
+    with Largest() as largest:
+        out, lse = attend(q, k, v, pattern=Causal(), return_lse=True)
+        (out.sum() + lse.sum()).backward()
+    assert largest.elements <= 2048 * 2048 // 16
+
+
 @st.composite
 def patterns(draw, depth=2):
     if depth and draw(st.booleans()):

@@ -10,10 +10,11 @@ from torch import Tensor
 from attnlab.backends.routed import RoutedBlocks
 from attnlab.backends.tiles.kernel import tile_attention
 from attnlab.backends.tiles.plain import plain_attention
-from attnlab.backends.tiles.plan import split, tiling
+from attnlab.backends.tiles.plan import one_tile, split, tiling
 from attnlab.backends.tiles.tiling import STEP_BYTES, Group, Lists, Tiling
 from attnlab.backends.tiles.traced import tellable, traced_attention
 from attnlab.cost import Cost, machine
+from attnlab.patterns import Pattern
 from attnlab.problem import Lookup, Problem
 from attnlab.weightings import Softmax
 
@@ -45,9 +46,10 @@ class Tiles:
 
     def cost(self, problem: Problem) -> Cost:
         p = problem
-        parts = split(p.pattern.at(0, 0), p.nq, p.nk) if _fused(p) else (p.pattern.at(0, 0),)
-        plans = [tiling(part, p.nq, p.nk, p.device) for part in parts]
-        pairs = float(p.batch * p.heads * sum(plan.pairs for plan in plans))
+        plans = _plans(p, p.pattern.at(0, 0)) if _fused(p) else [tiling(p.pattern.at(0, 0), p.nq, p.nk, p.device)]
+        # What one tile computes, torch's kernel does alone, unless the lse is asked for.
+        half = p.is_causal and p.return_lse and p.bias is None
+        pairs = float(p.batch * p.heads * sum(plan.pairs for plan in plans)) * (0.5 if half else 1.0)
         fused, passes = _fused(p), 4 if p.needs_grad else 1
         # Keys and values are copied for each tile, and their gradients added up again.
         groups = [g for plan in plans for g in plan.groups]
@@ -104,14 +106,22 @@ def _one(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if not _fused(p):
         out, lse = plain_attention(p, q, k, v, tiling(p.pattern, p.nq, p.nk, p.device))
         return out, lse if off is None else torch.logaddexp(lse, torch.full_like(lse, off))
-    out, lse = _merged([
-        tile_attention(q, k, v, tiling(part, p.nq, p.nk, p.device), scale=p.scale, bias=p.bias)
-        for part in split(p.pattern, p.nq, p.nk)
-    ])  # fmt: skip
+    if p.is_causal and p.groups > 1:
+        # Query heads that share a key head are rows of one tile, and those are not causal in their order.
+        k, v = (x.repeat_interleave(p.groups, 1) for x in (k, v))
+    plans = _plans(p, p.pattern)
+    out, lse = _merged([tile_attention(q, k, v, plan, scale=p.scale, bias=p.bias) for plan in plans])
     if off is None:
         return out, lse
     # What is added to the denominator is one more key with a value of zero.
     return out * torch.sigmoid(lse - off).unsqueeze(-1).to(out.dtype), torch.logaddexp(lse, torch.full_like(lse, off))
+
+
+def _plans(p: Problem, pattern: Pattern) -> list[Tiling]:
+    """Tilings over disjoint keys that together are the pattern, for the fused kernel."""
+    if p.bias is None and (p.is_full or p.is_causal):
+        return [one_tile(p.nq, p.nk, p.is_causal, p.device)]
+    return [tiling(part, p.nq, p.nk, p.device) for part in split(pattern, p.nq, p.nk)]
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

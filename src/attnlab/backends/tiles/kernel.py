@@ -133,7 +133,7 @@ class Call:
             mask = self._mask(group, *place[1:])
             part, part_lse = _forward(
                 queries.take(group, *place), keys.take(group.keys, *place[1:], rows),
-                values.take(group.keys, *place[1:], rows), 0.0, False, attn_mask=mask, scale=self.scale,
+                values.take(group.keys, *place[1:], rows), 0.0, group.causal, attn_mask=mask, scale=self.scale,
             )  # fmt: skip
             if mask is not None and (group.dead or self._bias_hides()):
                 # The fused kernel gives a query without keys zeros, but some finite lse.
@@ -176,7 +176,7 @@ class Call:
                 part_q, part_k, part_v, grad_mask = _backward_with_mask(*given, mask, self.scale)
                 self.looked.add(group, _count(place[1]), place[2], grad_mask)
             else:
-                part_q, part_k, part_v = _backward(*given, 0.0, False, attn_mask=mask, scale=self.scale)
+                part_q, part_k, part_v = _backward(*given, 0.0, group.causal, attn_mask=mask, scale=self.scale)
             grad_q.put(group, *place, part_q)
             grad_k.add(group.keys, *place[1:], rows, part_k)
             grad_v.add(group.keys, *place[1:], rows, part_v)

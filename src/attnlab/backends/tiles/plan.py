@@ -39,6 +39,13 @@ def tiling(pattern: Pattern, nq: int, nk: int, device: torch.device | None = Non
     return Tiling(nq, nk, tuple(groups))
 
 
+@lru_cache(maxsize=64)
+def one_tile(nq: int, nk: int, causal: bool, device: torch.device | None = None) -> Tiling:
+    """Full or causal attention as one tile, for the fused kernel alone: it never holds all pairs, and gives the lse."""
+    queries, keys = (Lists(torch.arange(n, device=device)[None, None, None]) for n in (nq, nk))
+    return Tiling(nq, nk, (Group(queries, keys, causal=causal),))
+
+
 @lru_cache(maxsize=256)
 def split(pattern: Pattern, nq: int, nk: int) -> tuple[Pattern, ...]:
     """Patterns over disjoint keys that make up `pattern`: more than one where sides of an "or" want other tiles.

@@ -66,12 +66,14 @@ class Lists:
 class Group:
     """Tiles of one shape, which one call of the kernel can take together.
 
-    `seen` is a bool mask broadcastable to `(B, Hkv, T, bq, bk)`, or None where every pair is seen.
+    `seen` is a bool mask broadcastable to `(B, Hkv, T, bq, bk)`, or None where every pair is seen. `causal` says that
+    place i of a tile's queries sees places 0…i of its keys, which needs no mask.
     """
 
     queries: Lists
     keys: Lists
     seen: Tensor | None = None
+    causal: bool = False
 
     @cached_property
     def additive(self) -> Tensor | None:
