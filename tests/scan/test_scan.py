@@ -5,6 +5,8 @@ from importlib import import_module
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -65,6 +67,25 @@ def test_chunked_equals_recurrent_in_outputs_and_gradients(kind, n, chunk):
     inputs = problem(kind, n)
     wanted = everything(inputs, scale=0.3, backend="recurrent")
     assert_same(everything(inputs, scale=0.3, backend="chunked", chunk=chunk), wanted, 1e-11)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    n=st.integers(1, 80),
+    chunk=st.integers(1, 100),
+    batch=st.integers(1, 3),
+    key_heads=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    dk=st.integers(1, 9),
+    dv=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_chunked_equals_recurrent_for_any_shape(kind, n, chunk, batch, key_heads, groups, dk, dv, seed):
+    shape = dict(batch=batch, heads=key_heads * groups, key_heads=key_heads, dk=dk, dv=dv, seed=seed)
+    inputs = problem(kind, n, **shape)
+    wanted = everything(inputs, backend="recurrent")
+    assert_same(everything(inputs, backend="chunked", chunk=chunk), wanted, 1e-9)
 
 
 def test_kda_equals_the_product_of_its_transition_matrices():
