@@ -2,10 +2,11 @@
 
     python benchmarks/routed.py [--threads 2] [--tokens 16384] [--rounds 3] [--cpu]
 
-Prints, per case, milliseconds (with --cpu those of the processor, which a busy machine does not stretch) and how many times faster than `F.scaled_dot_product_attention(is_causal=True)` it is,
-in inference and in training (forward and backward), choosing the blocks included; and the share of dense causal
-attention's pairs that it computes, the reciprocal of which bounds what can be gained at equal speed per pair. Asked
-for: 5× and 4× for the best 8 blocks of 64 tokens. "64 blocks in all" are blocks of 256 at 16,384 tokens.
+Prints, per case, milliseconds (with --cpu those of the processor, which a busy machine does not stretch) and how many
+times faster than `F.scaled_dot_product_attention(is_causal=True)` it is, in inference and in training (forward and
+backward), choosing the blocks included; and the share of dense causal attention's pairs that it computes, the reciprocal
+of which bounds what can be gained at equal speed per pair. Asked for: 5× and 4× for the best 8 blocks of 64 tokens.
+"64 blocks in all" are blocks of 256 at 16,384 tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from attnlab import attend
 from attnlab.attend import pose
-from attnlab.backends.routed import plan
+from attnlab.backends.routed import tile_plan
 from attnlab.backends.routed.plan import parts
 from attnlab.routing import BlockRoute, ThresholdBlocks, TopKBlocks
 
@@ -76,7 +77,7 @@ def main() -> None:
     for (name, route), forward, both in zip(cases.items(), inference[1:], train[1:], strict=True):
         found = parts(pose(q, k, v, route=route).pattern)
         assert found is not None
-        share = plan(*found, 1, 4, 4).pairs / (4 * n * (n + 1) / 2)
+        share = tile_plan(*found, 1, 4, 4).pairs / (4 * n * (n + 1) / 2)
         print(
             f"{name:<30}{share:>6.1%}{forward:>9.0f} ms {inference[0] / forward:>5.1f}×"
             f"{both:>11.0f} ms {train[0] / both:>5.1f}×"

@@ -16,10 +16,10 @@ from attnlab.problem import Problem
 from attnlab.routing import Clustered, Routed
 from attnlab.weightings import Elementwise, Softmax
 
-__all__ = ["Group", "Plan", "RoutedBlocks", "plan", "routed_attention"]
+__all__ = ["Group", "Plan", "RoutedBlocks", "routed_attention", "tile_plan"]
 
 
-def plan(chosen: Routed | Clustered, rest: tuple[Pattern, ...], batch: int, heads: int, kv_heads: int) -> Plan:
+def tile_plan(chosen: Routed | Clustered, rest: tuple[Pattern, ...], batch: int, heads: int, kv_heads: int) -> Plan:
     """The tiles of a choice, narrowed by the static patterns `rest` (what `parts` finds in a pattern)."""
     if isinstance(chosen, Clustered):
         return cluster_plan(chosen, rest, batch, heads, kv_heads)
@@ -78,7 +78,7 @@ class RoutedBlocks:
         found = parts(p.pattern)
         if found is None:
             raise ValueError(f"pattern must be a choice of blocks or clusters, got {p.pattern}")
-        tiles = plan(*found, p.batch, p.heads, p.kv_heads)
+        tiles = tile_plan(*found, p.batch, p.heads, p.kv_heads)
         off = p.weighting.off if isinstance(p.weighting, Softmax) else 0.0
         out, lse = routed_attention(q, k, v, tiles, p.scale, p.weighting, p.dropout)
         if not off or lse is None:

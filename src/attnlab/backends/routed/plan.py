@@ -21,7 +21,7 @@ from attnlab.patterns import And, Causal, Full, Pattern
 from attnlab.routing import Clustered, Partition, Routed
 
 # Queries that choose in blocks of at least so many are computed by rows.
-ROWS_FROM = 16
+ROWS_FROM = 4
 # Queries per tile where a block of keys is met by single queries.
 TILE = 128
 # Scores of one tile, at most (but for a single pair of blocks): half the second-level cache of a core.
