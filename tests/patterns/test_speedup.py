@@ -85,6 +85,27 @@ def test_counts_are_those_of_the_dense_masks_blocks(pattern, q_tile, kv_tile):
 
 
 @pytest.mark.parametrize(
+    ("grid", "kernel", "stride", "causal", "tile"),
+    [
+        ((13,), (5,), (2,), (True,), (4,)),
+        ((14,), (6,), (4,), (False,), (4,)),
+        ((10, 7), (4, 3), (3, 1), (False, True), (4, 2)),
+        ((9, 14), (9, 8), (1, 4), (False, False), (2, 4)),
+    ],
+)
+def test_counts_are_those_of_nattens_own_block_mask_for_ragged_grids(grid, kernel, stride, causal, tile):
+    flex = pytest.importorskip("natten.backends.flex")
+    padded = tuple(-(-n // t) * t for n, t in zip(grid, tile, strict=True))
+    mask = flex.get_na_flex_mask(
+        "cpu", len(grid), grid, kernel, stride, (1,) * len(grid), causal,
+        q_tile_shape=tile, kv_tile_shape=tile, q_shape=padded, kv_shape=padded,
+    )  # fmt: skip
+    found = visits(Neighborhood(grid, kernel, 1, stride, causal), tile, tile)
+    assert found.partial.tolist() == mask.kv_num_blocks.flatten().tolist()
+    assert found.full.tolist() == mask.full_kv_num_blocks.flatten().tolist()
+
+
+@pytest.mark.parametrize(
     ("pattern", "nq", "nk"),
     [(Window(9), 40, 40), (Causal(), 33, 50), (Window(5) | Sinks(3), 41, 41), (Dilated(3), 30, 30)],
     ids=str,
