@@ -48,6 +48,13 @@ def test_nothing_is_recommended_that_did_not_learn():
     assert "nothing learned more than guess" in found.sentence
 
 
+def test_what_diverged_with_a_seed_is_not_recommended():
+    shaky, steady = row("a", 1.0, 1.1), row("b", 2.0, 2.1)
+    shaky.trials.append({**row("a", None, status="diverged").trials[0], "seed": 2})
+    assert answer(ABOUT, [shaky, steady]).use == "b"
+    assert answer(ABOUT, [shaky]).use == "a"
+
+
 def test_trials_that_gave_no_score_are_no_answer():
     bad = row("a", None, status="diverged")
     assert bad.mean is None and bad.spread is None and bad.trouble == "diverged: "

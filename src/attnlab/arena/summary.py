@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from attnlab.arena.network import NONE
 from attnlab.arena.store import Store, Study
-from attnlab.arena.train import DONE
+from attnlab.arena.train import DIVERGED, DONE
 
 
 @dataclass
@@ -45,6 +45,15 @@ class Row:
     def median(self, name: str) -> float | None:
         values = [trial[name] for trial in self.trials if trial.get(name) is not None]
         return statistics.median(values) if values else None
+
+    @property
+    def diverged(self) -> bool:
+        return any(trial["status"] == DIVERGED for trial in self.trials)
+
+    @property
+    def speed(self) -> float:
+        """Training tokens per second."""
+        return self.median("tokens_per_second") or 0.0
 
     def curve(self) -> list[tuple[int, float, float, float]]:
         """Step, mean loss, and the lowest and highest over seeds."""
@@ -115,45 +124,41 @@ def _rank(row: Row, about: dict) -> float:
 
 
 def answer(about: dict, rows: list[Row]) -> Answer:
-    """The cheapest of those that are as good as the best within the spread over seeds."""
+    """The cheapest of those that are as good as the best within the spread over seeds.
+
+    A mechanism that diverged with some seed is used only if all did.
+    """
     scored = [row for row in rows if row.mean is not None]
+    scored = [row for row in scored if not row.diverged] or scored
     if not scored:
-        return Answer(
-            "no trial has finished yet" if not rows else "no mechanism came to a score; see the reasons above"
-        )
-    name, trivial = about["trivial"]
+        return Answer("no mechanism came to a score; see the reasons above" if rows else "no trial has finished yet")
     best = scored[0]
-    tied = [row for row in scored if row is best or as_good(row, best)]
-    names = [row.mechanism for row in tied]
+    tied = {row.mechanism: row for row in scored if row is best or as_good(row, best)}
+    name, trivial = about["trivial"]
     if sign(about) * (_mean(best) - trivial) >= 0:
-        return Answer(
-            f"none: nothing learned more than {name} ({number(trivial)}) at this budget", NONE, best.mechanism, names
-        )
-    against = f"{name} has {number(trivial)}"
-    if NONE in names:
-        said = _score(next(row for row in tied if row.mechanism == NONE), about)
-        better = (
-            ""
-            if best.mechanism == NONE
-            else f"; {best.mechanism} ({number(_mean(best))}) is no better within the spread"
-        )
-        text = f"none: the network without any mechanism does as well here, {said}{better} ({against})"
-        return Answer(text, NONE, best.mechanism, names)
-    use = max(tied, key=lambda row: row.median("tokens_per_second") or 0.0)
-    text = f"{use.mechanism}, {_score(use, about)} ({against})"
-    if use is not best:
-        speed = (use.median("tokens_per_second") or 0.0) / (best.median("tokens_per_second") or math.inf)
-        text += (
-            f": as good as {best.mechanism} ({number(_mean(best))}) within the spread, and trains {speed:.1f}× as fast"
-        )
-    elif len(tied) > 1:
-        text += f": the best, and trains fastest of those as good ({', '.join(n for n in names if n != use.mechanism)})"
+        use, why = NONE, f"nothing learned more than {name} ({number(trivial)}) at this budget"
+    elif NONE in tied:
+        use, why = NONE, f"the network without any mechanism does as well here, {_score(tied[NONE], about)}"
+        if best.mechanism != NONE:
+            why += f"; {best.mechanism} ({number(best.mean)}) is no better within the spread"
     else:
-        behind = next((row for row in scored[1:] if row.mechanism != NONE), None)
-        text += ": clearly the best" + (f"; next is {behind.mechanism} with {number(_mean(behind))}" if behind else "")
-        if best.spread is None:
-            text = text.replace("clearly the best", "the best of one seed each, so without knowing the spread")
-    return Answer(text, use.mechanism, best.mechanism, names)
+        use = max(tied, key=lambda mechanism: tied[mechanism].speed)
+        why = (
+            f"{_score(tied[use], about)} ({name} has {number(trivial)}): {_reason(tied[use], best, list(tied), scored)}"
+        )
+    return Answer(f"{use}, {why}" if use != NONE else f"{use}: {why}", use, best.mechanism, list(tied))
+
+
+def _reason(use: Row, best: Row, tied: list[str], scored: list[Row]) -> str:
+    if use is not best:
+        times = use.speed / best.speed if best.speed else math.inf
+        return f"as good as {best.mechanism} ({number(best.mean)}) within the spread, and trains {times:.1f}× as fast"
+    if len(tied) > 1:
+        others = ", ".join(mechanism for mechanism in tied if mechanism != use.mechanism)
+        return f"the best, and trains fastest of those as good ({others})"
+    behind = next((row for row in scored if row.mechanism not in (NONE, best.mechanism)), None)
+    sure = "clearly the best" if best.spread is not None else "the best of one seed each, so without knowing the spread"
+    return sure + (f"; next is {behind.mechanism} with {number(behind.mean)}" if behind else "")
 
 
 def as_good(row: Row, best: Row) -> bool:
