@@ -4,9 +4,9 @@
 
 Prints, per case, milliseconds (with --cpu those of the processor, which a busy machine does not stretch) and how many
 times faster than `F.scaled_dot_product_attention(is_causal=True)` it is, in inference and in training (forward and
-backward), choosing the blocks included; and the share of dense causal attention's pairs that it computes, the reciprocal
-of which bounds what can be gained at equal speed per pair. Asked for: 5× and 4× for the best 8 blocks of 64 tokens.
-"64 blocks in all" are blocks of 256 at 16,384 tokens.
+backward), choosing the blocks included; and the share of dense causal attention's pairs that it computes, the
+reciprocal of which bounds what can be gained at equal speed per pair. Asked for: 5× and 4× for the best 8 blocks of 64
+tokens. "64 blocks in all" are blocks of 256 at 16,384 tokens.
 """
 
 from __future__ import annotations

@@ -239,6 +239,7 @@ def test_kmeans_finds_well_separated_directions():
 
 ROUTES = [
     TopKBlocks(2, block=16),
+    TopKBlocks(3, block=4),
     TopKBlocks(2, block=7, query_block=16),
     TopKBlocks(2, block=7, query_block=1),
     TopKBlocks(3, block=16, causal=True),
@@ -284,7 +285,7 @@ def test_torchs_fused_backward_of_each_tile_adds_up_to_the_whole(route, size):
 
 
 @pytest.mark.parametrize("weighting", ["sigmoid", "relu", "none", Softmax(off=1.0)], ids=str)
-@pytest.mark.parametrize("route", [ROUTES[3], ROUTES[4], ROUTES[-2]], ids=str)
+@pytest.mark.parametrize("route", [ROUTES[4], ROUTES[5], ROUTES[-2]], ids=str)
 def test_any_weighting_equals_the_oracle(route, weighting):
     tensors = tuple(x.requires_grad_() for x in heads(50))
     chosen = route.select(*tensors[:2])
