@@ -77,6 +77,11 @@ def test_show_says_equation_shapes_cost_paper_and_pattern():
     assert len(drawing) == 32 and drawing[0].strip() == "█"  # causal: the first token sees itself
 
 
+@pytest.mark.parametrize("name", [*cards.names(kind="tokens"), *cards.names(kind="features")])
+def test_every_mechanism_can_be_shown_with_its_picture(name):
+    assert "█" in run("show", name).output
+
+
 def test_show_lists_the_sizes_of_a_network():
     output = run("show", "focalnet").output
     for name, size in cards.describe("focalnet").sizes.items():

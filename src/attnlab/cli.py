@@ -116,7 +116,7 @@ def show(name: str) -> None:
         from attnlab.arena import influence
 
         layout = influence.layout_of(card)
-        where = "causal, 64 tokens" if layout == "causal" else "a grid of 8 × 8 tokens, row by row"
+        where = "causal, 64 tokens" if layout == "causal" else "a grid of 64 tokens, row by row"
         console.print(f"who sees whom ({where}; queries down, keys across; darker for more):", highlight=False)
         console.print(Text(influence.as_text(influence.influence(name, layout))))
 

@@ -8,7 +8,7 @@ import struct
 import zlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnlab import cards
 from attnlab.arena.network import mixer
@@ -34,15 +34,26 @@ def influence(mechanism: str, layout: str = "", *, length: int = 64, width: int 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = mixer(mechanism, width, layout).eval()
-        side = math.isqrt(length)
-        length = side * side if layout == GRID else length
+        grid = _grid(module, length, width) if layout == GRID else None
+        length = math.prod(grid) if grid else length
         # One copy of the sequence per query: a single backward pass then gives every row.
         copies = torch.randn(1, length, width).expand(length, -1, -1).clone().requires_grad_()
-        outputs = module(copies, grid=(side, side) if layout == GRID else None)
+        outputs = module(copies, grid=grid)
         rows = torch.arange(length)
         (gradient,) = torch.autograd.grad((outputs[rows, rows] @ torch.randn(width)).sum(), copies)
     strength = gradient.norm(dim=-1).nan_to_num()
     return strength / strength.amax(1, keepdim=True).clamp_min(1e-30)
+
+
+def _grid(module: nn.Module, length: int, width: int) -> tuple[int, ...]:
+    """A grid of about `length` tokens that the mechanism takes: a square, or else a cube (frames, rows, columns)."""
+    square, cube = (math.isqrt(length),) * 2, (round(length ** (1 / 3)),) * 3
+    try:
+        with torch.no_grad():
+            module(torch.zeros(1, math.prod(square), width), grid=square)
+    except ValueError:
+        return cube
+    return square
 
 
 def as_text(strength: Tensor) -> str:
