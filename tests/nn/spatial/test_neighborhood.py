@@ -162,6 +162,17 @@ def test_extra_tokens_join_the_neighbors_in_one_softmax():
     torch.testing.assert_close(module(x, grid=(5, 6), extra=extra), module.merge(heads))
 
 
+def test_dropout_drops_neighbors_and_extra_tokens_alike_while_training():
+    module = build(kernel=3, dropout=0.5).train()
+    x, extra = tokens(5, 6, batch=1), tokens(4, batch=1)
+    for more in ({}, {"extra": extra}):
+        mean = torch.stack([module(x, grid=(5, 6), **more) for _ in range(400)]).mean(0)
+        assert not torch.equal(module(x, grid=(5, 6), **more), module(x, grid=(5, 6), **more))
+        exact = module.eval()(x, grid=(5, 6), **more)
+        module.train()
+        assert (mean - exact).square().mean() < 0.02 * exact.square().mean()
+
+
 def test_grouped_heads_and_a_narrower_pattern_are_taken():
     module = build(heads=4, kv_heads=2, kernel=3)
     x = tokens(5, 6)

@@ -129,11 +129,12 @@ class NeighborhoodAttention(MultiHead):
     ) -> Tensor:
         own = self.neighborhood(grid)
         bias = None if self.table is None else Lookup(self.table, Offset(grid, self.kernel, own.dilation))  # type: ignore
-        keywords: dict[str, Any] = dict(pattern=own if given is None else own & given, bias=bias, scale=self.scale)
+        common: dict[str, Any] = dict(scale=self.scale, dropout=self.dropout if self.training else 0.0)
+        keywords: dict[str, Any] = dict(pattern=own if given is None else own & given, bias=bias, **common)
         if extra is None:
-            return attend(q, k, v, dropout=self.dropout if self.training else 0.0, **keywords)
+            return attend(q, k, v, **keywords)
         _, more_k, more_v = self.qkv(extra)
-        others = attend(q, self.k_norm(more_k), more_v, scale=self.scale, return_lse=True)
+        others = attend(q, self.k_norm(more_k), more_v, return_lse=True, **common)
         return merge([attend(q, k, v, return_lse=True, **keywords), others])[0]
 
     def forward(
