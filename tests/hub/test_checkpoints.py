@@ -87,3 +87,10 @@ def test_a_file_of_something_else_is_refused(case, tmp_path: Path) -> None:
 def test_a_model_without_an_official_layout_is_named() -> None:
     with pytest.raises(ValueError, match="Linear"):
         attnlab.hub.load_official(torch.nn.Linear(1, 1), "anything")
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name(case, tmp_path: Path) -> None:
+    model, params, *_ = case
+    torch.save({**params, "head.bias": torch.zeros(77)}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"head\.bias"):
+        attnlab.hub.load_official(model, tmp_path / "weights.pth")

@@ -24,7 +24,10 @@ def rename(params: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Ten
 
 def load(module: nn.Module, params: Mapping[str, Tensor]) -> None:
     """Put `params`, all of them and no fewer, into `module`; only batch norms' counters may be left out."""
-    missing, unexpected = module.load_state_dict(params, strict=False)
+    try:
+        missing, unexpected = module.load_state_dict(params, strict=False)
+    except RuntimeError as error:  # torch's word for a tensor of another shape
+        raise ValueError(f"params do not fit {type(module).__name__}: {error}") from error
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise ValueError(f"params do not fit {type(module).__name__}: missing {missing}, unexpected {unexpected}")
