@@ -108,11 +108,12 @@ class BiLevelRoutingAttention:
 
 @official(_REPOSITORY, "BiFormer", ours=Ours)
 class BiFormer:
-    """Images to logits."""
+    """Images to logits. `rename` reads checkpoints of both networks: only this one's stem has two convolutions."""
 
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return rename(params, _NETWORK)
+        two = "downsample_layers.0.3.weight" in params
+        return rename(params, _NETWORK if two else _SWIN_LAYOUT)
 
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> Ours:
@@ -147,9 +148,7 @@ class BiFormer:
 class BiFormerSTL:
     """Images to logits, in the layout of Swin-T (`models/biformer_stl.py`)."""
 
-    @staticmethod
-    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return rename(params, _SWIN_LAYOUT)
+    rename = BiFormer.rename
 
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> Ours:
