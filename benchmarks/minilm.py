@@ -42,6 +42,15 @@ def masked_loss(model: Bert, ids: torch.Tensor, generator: torch.Generator) -> t
     return cross_entropy(model(ids.masked_fill(hidden, MASK))[hidden], ids[hidden])
 
 
+def small(dim: int, depth: int) -> Bert:
+    model = Bert(vocabulary=128, dim=dim, depth=depth, heads=4, length=LENGTH, dropout=0.0)
+    for module in model.modules():
+        # BERT's 0.02 is for its width; so narrow a model would hardly move.
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(module.weight)
+    return model
+
+
 def train(model: Bert, data: torch.Tensor, steps: int, seed: int) -> None:
     rate, generator = warm_then_decay(2e-3, steps, warm_up=steps // 10), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -67,10 +76,10 @@ def main() -> None:
     data = letters()
     cut = int(0.9 * len(data))
     torch.manual_seed(0)
-    teacher = Bert(vocabulary=128, dim=64, depth=4, heads=4, length=LENGTH, dropout=0.0)
+    teacher = small(64, 4)
     train(teacher, data[:cut], 2 * steps, 0)
     print(f"teacher, 4 × 64               {test(teacher, data[cut:]):.3f} nats per masked letter")
-    fresh = Bert(vocabulary=128, dim=32, depth=2, heads=4, length=LENGTH, dropout=0.0)
+    fresh = small(32, 2)
     for name, relations in (
         ("attention and values", {"qk": 1.0, "vv": 1.0}), ("attention alone", {"qk": 1.0}), ("from scratch", {}),
     ):  # fmt: skip

@@ -1,0 +1,1 @@
+"""Networks that answer with positions in their input, and the geometric problems that they are asked."""
