@@ -116,10 +116,10 @@ class Call:
         """Undo `arrange`, except for the width."""
         return by_head(x if self.tiling.inverse is None else x.index_select(1, self.tiling.inverse))
 
-    def steps(self, keys: Keys, copies: int) -> Iterator[tuple[Group, tuple[int, slice, slice], Tensor | None]]:
+    def steps(self, keys: Keys, *, backward: bool) -> Iterator[tuple[Group, tuple[int, slice, slice], Tensor | None]]:
         """Group, place of some of its tiles, and the rows of their keys."""
         for group, first in zip(self.tiling.groups, self.tiling.firsts, strict=True):
-            for batch, tiles in group.steps(self.batch, self._bytes(group, copies)):
+            for batch, tiles in group.steps(self.batch, self._bytes(group, backward=backward)):
                 yield group, (first, batch, tiles), keys.rows(group.keys, batch, tiles)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class Call:
         lse = Queries(torch.empty((*q.shape[:-1], 1), dtype=_wide(q.dtype), device=q.device))
         out.x[:, self.tiling.listed :] = 0.0
         lse.x[:, self.tiling.listed :] = -math.inf
-        for group, place, rows in self.steps(keys, 1):
+        for group, place, rows in self.steps(keys, backward=False):
             mask = self._mask(group, *place[1:])
             part, part_lse = _forward(
                 queries.take(group, *place), keys.take(group.keys, *place[1:], rows),
@@ -165,7 +165,7 @@ class Call:
         grad_q = Queries(torch.empty(q.shape, dtype=q.dtype, device=q.device))
         grad_q.x[:, self.tiling.listed :] = 0.0
         grad_k, grad_v = Sums(keys, _wide(q.dtype)), Sums(values, _wide(q.dtype))
-        for group, place, rows in self.steps(keys, 2):
+        for group, place, rows in self.steps(keys, backward=True):
             given = (
                 grads.take(group, *place), queries.take(group, *place), keys.take(group.keys, *place[1:], rows),
                 values.take(group.keys, *place[1:], rows), outs.take(group, *place),
@@ -195,10 +195,11 @@ class Call:
             return self.looked.mask(group, _count(batch), tiles)
         return additive_mask(group, batch, tiles, self.repeat, self.kv_heads, self.dtype, self.bias)
 
-    def _bytes(self, group: Group, copies: int) -> int:
-        """What a step needs of each tile: its queries, keys and values, and its mask if it has one of its own."""
+    def _bytes(self, group: Group, *, backward: bool) -> int:
+        """What a step writes for each tile: gathered keys, results, and its mask if it has one of its own."""
         rows = group.queries.length * self.repeat
-        needed = 2 * copies * (group.keys.length + rows) * self.kv_heads * self.width
+        copied = (group.keys.run is None) + backward
+        needed = (2 * copied * group.keys.length + rows) * self.kv_heads * self.width
         if self.bias is not None or (group.seen is not None and group.seen.shape[2] > 1):
             needed += group.keys.length * rows * (1 if self.bias is None else self.kv_heads)
         return needed * self.dtype.itemsize

@@ -35,7 +35,8 @@ class Tile:
 
 def steps(problem: Problem, tiling: Tiling) -> Iterator[tuple[Group, slice]]:
     """The tiling in pieces whose scores fit the cache, or one tile for all batches and heads if that is more."""
-    size = 4 * problem.batch * problem.heads
+    # About four matrices as large as the scores live at once.
+    size = 16 * problem.batch * problem.heads
     for group in tiling.groups:
         pairs = size * group.queries.length * group.keys.length
         for _, tiles in group.steps(1, pairs):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# One step of the kernel gathers about this much; more would fall out of the cache, less would be all overhead.
-STEP_BYTES = 6 * 2**20
+# One step of the kernel writes about this much: more would be memory fetched anew, less would be all overhead.
+STEP_BYTES = 12 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class Group:
         return self.seen is not None and not bool(self.seen.any(-1).all())
 
     def steps(self, batch: int, bytes_per_tile: int) -> Iterator[tuple[slice, slice]]:
-        """(batch slice, tile slice) pairs that cover the group, each about `STEP_BYTES` of gathered tokens."""
+        """(batch slice, tile slice) pairs that cover the group, each about `STEP_BYTES`."""
         tiles = self.queries.tiles
         room = max(1, STEP_BYTES // max(1, bytes_per_tile))
         together = max(1, room // tiles)
