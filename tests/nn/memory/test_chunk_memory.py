@@ -73,6 +73,21 @@ def test_decoding_in_pieces_equals_the_whole_pass(chunk: int, keywords: dict):
         torch.testing.assert_close(torch.cat(out, 1), m(x), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("keywords", [{}, dict(momentum=False), dict(heads=1, residual=False, depth=1)])
+def test_large_and_small_chunks_are_computed_alike(keywords: dict, monkeypatch: pytest.MonkeyPatch):
+    m, found = make(chunk=5, **keywords), []
+    for large in (1, 100):
+        monkeypatch.setattr("attnlab.nn.memory.chunk_memory.LARGE", large)
+        x = torch.linspace(-1, 1, 2 * 23 * DIM, dtype=torch.float64).sin().view(2, 23, DIM).requires_grad_()
+        y, state = m(x, state=m.initial_state(2))
+        loss = (y * torch.arange(23.0)[:, None]).sum() + sum(
+            w.square().sum() for w in (*state.weights, *state.momentum)
+        )
+        found.append([y, *state.weights, *state.momentum, *torch.autograd.grad(loss, [x, *m.parameters()])])
+    for large_chunks, small_chunks in zip(*found, strict=True):
+        torch.testing.assert_close(large_chunks, small_chunks, rtol=1e-9, atol=1e-9)
+
+
 def test_the_state_is_two_sets_of_weights_and_less_than_a_chunk_of_tokens():
     m = make()
     state, weights = m.initial_state(2), 2 * (4 * 8 + 8 * 4 + 4)

@@ -6,15 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, rms_norm
+from torch.nn.functional import logsigmoid, pad, rms_norm
 
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, STREAMING, TOKENS, Card, register
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, split_heads
 from attnlab.nn.memory.deep import DeepMemory, Weights, course
 from attnlab.patterns import Pattern
 
-# Tokens that are worked on together, in whole chunks: what they write is read as products of matrices of this size.
+# Tokens of small chunks that are worked on together: what they write is read as products of matrices of this size.
 TOKENS_AT_A_TIME = 64
+# From this size on the weights after each chunk are made, and all chunks read at once.
+LARGE = 16
 
 
 class ChunkMemoryState(NamedTuple):
@@ -132,7 +134,10 @@ class ChunkMemory(Mechanism):
         read = self.read_norm(seen)
         q = _scaled(split_heads(self.wq(read), self.heads), self.q_gain)
         out = []
-        if whole:
+        if whole and self.chunk >= LARGE:
+            y, weights, momentum = self._by_weights(q, seen[:, :whole], weights, momentum)
+            out.append(y)
+        elif whole:
             anchor = self.memory.initial(len(x), weights[0].dtype)
             step = self.chunk * max(1, TOKENS_AT_A_TIME // self.chunk)
             cut = zip(*(t.split(step, 2) for t in (q[:, :, :whole], *self._writes(seen[:, :whole]))), strict=True)
@@ -142,7 +147,7 @@ class ChunkMemory(Mechanism):
                 way = course(keep_, push_, ends)
                 y, weights, momentum = self.memory.step(q_, k_, v_, rate_, way, anchor, weights, momentum)
                 out.append(y)
-        if whole < seen.shape[1]:
+        if whole < seen.shape[1] and not (whole and self.chunk >= LARGE):
             out.append(self.memory.read(q[:, :, whole:], weights))
         new = slice(seen.shape[1] - x.shape[1], None)
         o = _scaled(torch.cat(out, 2)[:, :, new], self.out_gain).to(x.dtype)
@@ -150,6 +155,28 @@ class ChunkMemory(Mechanism):
             o = o * self.gate(read[:, new]).sigmoid().transpose(1, 2).unsqueeze(-1)
         y = join_heads(o) if self.wo is None else self.wo(join_heads(o))
         return y if state is None else (y, ChunkMemoryState(weights, momentum, seen[:, whole:]))
+
+    def _by_weights(self, q: Tensor, x: Tensor, weights: Weights, momentum: Weights) -> tuple[Tensor, Weights, Weights]:
+        """Write the whole chunks x and read at all of q, each token with the weights of the last chunk whole at it."""
+        k, v, rate, at_end, at_start = self._writes(x)
+        size, length = self.chunk, q.shape[2]
+        keeps = at_end[:, :, size - 1 :: size, None, None].exp().unbind(2)
+        pushes = at_start[:, :, ::size, None, None].exp().unbind(2)
+        courses, after, moved = [], [], []
+        updates = self.memory.updates(k, v, rate, self.memory.initial(len(x), k.dtype))
+        for (a, d), w, s in zip(updates, weights, momentum, strict=True):
+            written, course_ = a.unflatten(2, (-1, size)).mT @ d.unflatten(2, (-1, size)), [w]
+            for keep, push, u in zip(keeps, pushes, written.unbind(2), strict=True):
+                s = push * s + u
+                w = keep * w + s
+                course_.append(w)
+            courses.append(torch.stack(course_, 2))
+            after.append(w)
+            moved.append(s)
+        # The last token of a chunk reads with its weights: moved by one token, tokens that read alike are a chunk.
+        groups = pad(q, (0, 0, 1, (x.shape[1] + size) - length - 1)).unflatten(2, (-1, size))
+        y = self.memory.through(groups, lambda i, h: h @ courses[i]).flatten(2, 3)
+        return y[:, :, 1 : length + 1], tuple(after), tuple(moved)
 
     def _writes(self, x: Tensor) -> tuple[Tensor, ...]:
         """k, v, rates, log(1 − α) and log η of whole chunks, `(B, H, N, …)`: α at a chunk's end, η at its start."""
