@@ -275,6 +275,15 @@ def test_no_tensor_grows_with_the_pairs(name, keywords):
     assert largest.elements <= n * n // 8
 
 
+def test_plans_that_are_kept_hold_limited_memory(monkeypatch):
+    monkeypatch.setattr("attnlab.backends.tiles.plan._KEPT_BYTES", 100_000)
+    first = tiling(Window(31), 500, 500)
+    assert first is tiling(Window(31), 500, 500) and first.bytes > 10_000
+    for size in range(2, 12):
+        tiling(Window(size), 500, 500)
+    assert first is not tiling(Window(31), 500, 500)
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from functools import lru_cache
 
 import torch
@@ -24,13 +24,28 @@ _CALL = 2**15
 Part = tuple[Tensor, Tensor, Tensor]
 
 
-@lru_cache(maxsize=64)
+# Plans that were made, the oldest first; what they hold is limited.
+_made: OrderedDict[tuple[object, ...], Tiling] = OrderedDict()
+_KEPT_BYTES, _KEPT = 2**29, 64
+
+
 def tiling(pattern: Pattern, nq: int, nk: int, device: torch.device | None = None) -> Tiling:
-    """The tiling of a pattern that depends on neither batch nor head.
+    """The tiling of a pattern that depends on neither batch nor head; kept for the next call.
 
     Each tile lists exactly the keys that some query of it sees. Costs time linear in the pairs that the pattern's own
     `tile_keys` names, or Nq·Nk where a pattern cannot name them.
     """
+    key = (pattern, nq, nk, device)
+    found = _made.get(key)
+    if found is not None:
+        return found
+    found = _made[key] = _make(pattern, nq, nk, device)
+    while len(_made) > 1 and (len(_made) > _KEPT or sum(plan.bytes for plan in _made.values()) > _KEPT_BYTES):
+        _made.popitem(last=False)
+    return found
+
+
+def _make(pattern: Pattern, nq: int, nk: int, device: torch.device | None) -> Tiling:
     parts: dict[int, list[Part]] = defaultdict(list)
     for queries in _query_tiles(pattern, nq, device):
         for part in _visible(pattern, queries, nk):

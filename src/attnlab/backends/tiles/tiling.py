@@ -135,6 +135,12 @@ class Tiling:
         return sum(g.queries.tiles * g.queries.length for g in self.groups)
 
     @cached_property
+    def bytes(self) -> int:
+        """Memory that the lists and masks take."""
+        lists = sum(8 * (g.queries.index.numel() + g.keys.index.numel()) for g in self.groups)
+        return lists + sum(g.seen.numel() for g in self.groups if g.seen is not None)
+
+    @cached_property
     def pairs(self) -> int:
         """(query, key) pairs computed for one head, masked ones included."""
         return sum(g.queries.tiles * g.queries.length * g.keys.length for g in self.groups)
