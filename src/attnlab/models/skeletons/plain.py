@@ -21,7 +21,8 @@ class TokenBlock(nn.Module):
     x = x + drop_path(scale1 · mixer(norm1(x), grid=grid))
     x = x + drop_path(scale2 · mlp(norm2(x)))
 
-    `layer_scale` is the start value of a learned scale per channel (CaiT, arXiv 2103.17239); None for none.
+    With `mlp_ratio` 0 the second path is not there. `layer_scale` is the start value of a learned scale per channel
+    (CaiT, arXiv 2103.17239); None for none.
     """
 
     def __init__(
@@ -37,17 +38,21 @@ class TokenBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1, self.mixer = norm(dim), mixer
-        self.norm2, self.mlp = norm(dim), MLP(dim, int(dim * mlp_ratio), dropout=dropout)
+        self.norm2 = norm(dim) if mlp_ratio else None
+        self.mlp = MLP(dim, int(dim * mlp_ratio), dropout=dropout) if mlp_ratio else None
         self.drop_path = DropPath(drop_path)
         self.scale1: Tensor | None
         self.scale2: Tensor | None
         for name in ("scale1", "scale2"):
-            scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
+            without = layer_scale is None or (name == "scale2" and not mlp_ratio)
+            scale = None if without else nn.Parameter(torch.full((dim,), cast(float, layer_scale)))
             self.register_parameter(name, scale)
 
     def forward(self, x: Tensor, *, grid: tuple[int, ...] | None = None) -> Tensor:
         y = self.mixer(self.norm1(x), grid=grid)
         x = x + self.drop_path(y if self.scale1 is None else y * self.scale1)
+        if self.norm2 is None or self.mlp is None:
+            return x
         y = self.mlp(self.norm2(x))
         return x + self.drop_path(y if self.scale2 is None else y * self.scale2)
 
