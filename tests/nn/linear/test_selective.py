@@ -130,6 +130,13 @@ def test_a_token_whose_step_is_filtered_away_leaves_no_trace_in_the_memory(varia
         torch.testing.assert_close(filtered, m(x[:, :6], state=m.initial_state(2))[1].memory, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("variant", ["mamba", "mamba2"])
+def test_the_state_of_another_batch_is_refused(variant: str):
+    m = make(variant)
+    with pytest.raises(ValueError, match="another layer or batch"):
+        m(tokens(), state=m.initial_state(3))
+
+
 def test_first_steps_lie_between_a_thousandth_and_a_tenth():
     steps = nn.functional.softplus(first_steps(1000))
     assert 0.00099 < steps.min() < 0.0015

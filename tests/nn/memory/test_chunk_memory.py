@@ -119,7 +119,8 @@ def test_bad_arguments_are_named(keywords: dict, words: str):
         ChunkMemory(DIM, **keywords)
 
 
-def test_a_state_of_another_batch_is_refused():
+def test_the_state_of_another_batch_or_length_of_chunk_is_refused():
     m = make()
-    with pytest.raises(ValueError, match="batch of 3"):
-        m(tokens(), state=m.initial_state(3))
+    for state, words in ((m.initial_state(3), "or batch"), (make(chunk=7).initial_state(2), "chunks of 7 tokens")):
+        with pytest.raises(ValueError, match=words):
+            m(tokens(), state=state)

@@ -160,10 +160,16 @@ def test_pieces_end_where_chunks_end(place: int, length: int):
     assert (ends[:-1] % 5 == 0).all()
 
 
-def test_a_state_of_another_batch_is_refused():
+def test_the_state_of_another_memory_batch_or_length_of_chunk_is_refused():
     m = make()
-    with pytest.raises(ValueError, match="batch of 3"):
-        m(tokens(), state=m.initial_state(3))
+    cases = [
+        (m.initial_state(3), "another memory or batch"),
+        (make(expansion=3.0).initial_state(2), "another memory or batch"),
+        (make(chunk=7).initial_state(2), "chunks of 7 tokens"),
+    ]
+    for state, words in cases:
+        with pytest.raises(ValueError, match=words):
+            m(tokens(), state=state)
 
 
 @pytest.mark.parametrize(

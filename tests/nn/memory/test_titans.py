@@ -143,6 +143,7 @@ def test_positions_and_segments_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="segment must be"):
         make(MemoryAsContext, segment=0)
     m = make(MemoryAsContext)
-    state = m.initial_state(3)
-    with pytest.raises(ValueError, match="batch of 3"):
-        m(tokens(), state=state)
+    other = make(MemoryAsContext, segment=6)
+    for state, words in ((m.initial_state(3), "or batch"), (other.initial_state(2), "segments of 6 tokens")):
+        with pytest.raises(ValueError, match=words):
+            m(tokens(), state=state)

@@ -55,6 +55,13 @@ class Selective(Mechanism):
         """a = −e^a_log < 0, in at least float32: `(channels, states)`, or `(heads,)`."""
         return -self.a_log.to(torch.promote_types(self.a_log.dtype, torch.float32)).exp()
 
+    def _check_state(self, state: SelectiveState | None, batch: int, memory: tuple[int, ...]) -> None:
+        if state is not None and state.memory.shape != (batch, *memory):
+            have = tuple(state.memory.shape)
+            raise ValueError(
+                f"state has a memory of shape {have}, wanted {(batch, *memory)}: of another layer or batch"
+            )
+
     def _steps(self, raw: Tensor) -> Tensor:
         """Δ = softplus(raw), filtered: `(B, N, channels)` in at least float32."""
         delta = softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)))
@@ -139,6 +146,7 @@ class Mamba(Selective):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
+        self._check_state(state, len(x), (self.inner, self.states))
         past, memory = (None, None) if state is None else state
         values, gate = self.wi(x).chunk(2, -1)
         values, past = self.conv(values, past)
@@ -235,6 +243,7 @@ class Mamba2(Selective):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
+        self._check_state(state, len(x), (self.heads, self.states, self.head_dim))
         past, memory = (None, None) if state is None else state
         gate, mixed, raw = self.wi(x).split([self.inner, sum(self.widths), self.heads], -1)
         mixed, past = self.conv(mixed, past)

@@ -25,6 +25,7 @@ class ChunkMemoryState(NamedTuple):
     weights: Weights
     momentum: Weights
     pending: Tensor  # (B, fewer than chunk, C)
+    chunk: int
 
 
 @register(
@@ -113,7 +114,7 @@ class ChunkMemory(Mechanism):
         device, dtype = device or self.wq.weight.device, dtype or self.wq.weight.dtype
         weights = self.memory.initial(batch, torch.promote_types(dtype, torch.float32), device)
         pending = torch.zeros(batch, 0, self.dim, device=device, dtype=dtype)
-        return ChunkMemoryState(weights, tuple(map(torch.zeros_like, weights)), pending)
+        return ChunkMemoryState(weights, tuple(map(torch.zeros_like, weights)), pending, self.chunk)
 
     def forward(
         self,
@@ -126,9 +127,10 @@ class ChunkMemory(Mechanism):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        weights, momentum, pending = state or self.initial_state(len(x), dtype=x.dtype)
-        if len(weights[0]) != len(x):
-            raise ValueError(f"state belongs to a batch of {len(weights[0])}, got x of {len(x)}")
+        weights, momentum, pending, chunk = state or self.initial_state(len(x), dtype=x.dtype)
+        self.memory.check(weights, len(x))
+        if chunk != self.chunk:
+            raise ValueError(f"state is from chunks of {chunk} tokens, but those of this memory have {self.chunk}")
         seen = torch.cat([pending, x], 1) if pending.shape[1] else x
         whole = seen.shape[1] // self.chunk * self.chunk
         read = self.read_norm(seen)
@@ -154,7 +156,7 @@ class ChunkMemory(Mechanism):
         if self.gate is not None:
             o = o * self.gate(read[:, new]).sigmoid().transpose(1, 2).unsqueeze(-1)
         y = join_heads(o) if self.wo is None else self.wo(join_heads(o))
-        return y if state is None else (y, ChunkMemoryState(weights, momentum, seen[:, whole:]))
+        return y if state is None else (y, ChunkMemoryState(weights, momentum, seen[:, whole:], chunk))
 
     def _by_weights(self, q: Tensor, x: Tensor, weights: Weights, momentum: Weights) -> tuple[Tensor, Weights, Weights]:
         """Write the whole chunks x and read at all of q, each token with the weights of the last chunk whole at it."""

@@ -77,6 +77,13 @@ class DeepMemory(nn.Module):
         every = [*self.matrices] if self.gain is None else [*self.matrices, self.gain]
         return tuple(w.to(device=device, dtype=dtype).expand(batch, *w.shape) for w in every)
 
+    def check(self, weights: Weights, batch: int) -> None:
+        """Raise unless `weights` of a state are those of this memory, for so many sequences."""
+        wanted = [(batch, *w.shape) for w in self.parameters()]
+        have = [tuple(w.shape) for w in weights]
+        if sorted(have) != sorted(wanted):
+            raise ValueError(f"state has weights of shapes {have}, wanted {wanted}: it is of another memory or batch")
+
     def act(self, x: Tensor) -> Tensor:
         return silu(x) if self.activation == "silu" else gelu(x)
 

@@ -22,7 +22,8 @@ class MemoryState(NamedTuple):
     weights: Weights
     momentum: Weights
     anchor: Weights  # the weights at the start of the chunk, where gradients are taken
-    place: int  # tokens of the chunk so far
+    chunk: int  # its length
+    place: int  # and how many of its tokens have been read
     past_q: Tensor | None  # the last inputs of the convolutions
     past_kv: Tensor | None
 
@@ -119,7 +120,7 @@ class NeuralMemory(Mechanism):
             None if c is None else c.initial_state(batch, device=device, dtype=dtype)
             for c in (self.conv_q, self.conv_kv)
         ]
-        return MemoryState(weights, tuple(map(torch.zeros_like, weights)), weights, 0, *past)
+        return MemoryState(weights, tuple(map(torch.zeros_like, weights)), weights, self.chunk, 0, *past)
 
     def queries(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """q `(B, H, N, D)` in at least float32, and the convolution's last inputs."""
@@ -147,9 +148,10 @@ class NeuralMemory(Mechanism):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        weights, momentum, anchor, place, past_q, past_kv = state or self.initial_state(len(x), dtype=x.dtype)
-        if len(weights[0]) != len(x):
-            raise ValueError(f"state belongs to a batch of {len(weights[0])}, got x of {len(x)}")
+        weights, momentum, anchor, chunk, place, past_q, past_kv = state or self.initial_state(len(x), dtype=x.dtype)
+        self.memory.check(weights, len(x))
+        if chunk != self.chunk:
+            raise ValueError(f"state is from chunks of {chunk} tokens, but those of this memory have {self.chunk}")
         q, past_q = self.queries(x, past_q)
         kv = self.wkv(x)
         if self.conv_kv is not None:
@@ -167,7 +169,7 @@ class NeuralMemory(Mechanism):
             place = (place + size) % self.chunk
             anchor = anchor if place else weights
         y = self._say(torch.cat(out, 2), x)
-        return y if state is None else (y, MemoryState(weights, momentum, anchor, place, past_q, past_kv))
+        return y if state is None else (y, MemoryState(weights, momentum, anchor, chunk, place, past_q, past_kv))
 
 
 def _wide(x: Tensor) -> Tensor:

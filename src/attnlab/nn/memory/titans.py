@@ -188,6 +188,7 @@ class ContextState(NamedTuple):
     keys: Tensor  # (B, H, persistent + 2 · tokens of the segment, D)
     values: Tensor
     length: int
+    segment: int
 
 
 @register(_card("titans_mac", segment=16))
@@ -238,7 +239,7 @@ class MemoryAsContext(_Titan):
     ) -> ContextState:
         memory = self.memory.initial_state(batch, device=device, dtype=dtype)
         keys, values = self._pair(self.persistent.to(device=device, dtype=dtype).expand(batch, -1, -1))
-        return ContextState(memory, memory.weights, memory.past_q, keys, values, 0)
+        return ContextState(memory, memory.weights, memory.past_q, keys, values, 0, self.segment)
 
     def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, v = linear(x, self.wkv.weight).chunk(2, -1)
@@ -256,9 +257,10 @@ class MemoryAsContext(_Titan):
         self.check(x)
         self.refuse(context=context, pattern=pattern)
         first = len(self.persistent)
-        memory, snapshot, past, keys, values, length = state or self.initial_state(len(x), dtype=x.dtype)
-        if len(keys) != len(x):
-            raise ValueError(f"state belongs to a batch of {len(keys)}, got x of {len(x)}")
+        memory, snapshot, past, keys, values, length, segment = state or self.initial_state(len(x), dtype=x.dtype)
+        self.memory.memory.check(snapshot, len(x))
+        if segment != self.segment:
+            raise ValueError(f"state is from segments of {segment} tokens, but these have {self.segment}")
         sizes, out = pieces(length % self.segment, x.shape[1], self.segment), []
         for size, x_ in zip(sizes, x.split(sizes, 1), strict=True):
             place = length % self.segment
@@ -277,4 +279,4 @@ class MemoryAsContext(_Titan):
             out.append(self.gate(y, m))
             length += size
         y = torch.cat(out, 1)
-        return y if state is None else (y, ContextState(memory, snapshot, past, keys, values, length))
+        return y if state is None else (y, ContextState(memory, snapshot, past, keys, values, length, segment))
