@@ -78,9 +78,7 @@ def _cost(axes: list[tuple[int, int, int, int]]) -> int:
     return pairs + _KEY * keys + _START * tiles + _SIZE * sizes
 
 
-def box_keys(
-    grid: Sequence[int], at: Sequence[Tensor], intervals: Sequence[Interval], steps: Sequence[int]
-) -> Tensor:
+def box_keys(grid: Sequence[int], at: Sequence[Tensor], intervals: Sequence[Interval], steps: Sequence[int]) -> Tensor:
     """The keys that tiles of queries may see: for each tile the box around its queries' intervals.
 
     `at` and `intervals` hold each axis' coordinates and intervals of the queries, `(T, b)`. Returns `(T, n)` tokens,

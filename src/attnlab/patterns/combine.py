@@ -24,7 +24,6 @@ class _Pair(Pattern):
         self.left.check(nq, nk)
         self.right.check(nq, nk)
 
-
     def query_tiles(self, nq: int) -> Tensor | None:
         tiles = self.left.query_tiles(nq)
         return self.right.query_tiles(nq) if tiles is None else tiles

@@ -107,9 +107,7 @@ def _backward(
     return grad_q, grad_k, grad_v, call.looked.gradient().to(table.dtype).contiguous()
 
 
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, words: str, numbers: list[int], scale: float
-) -> Call:
+def _call(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, words: str, numbers: list[int], scale: float) -> Call:
     pattern, row = read(words, tuple(numbers))
     bias = None if table is None else Lookup(table, row)
     call = Call(q, k, v, tiling(pattern, q.shape[2], k.shape[2], q.device), scale, bias)
