@@ -10,7 +10,7 @@ from torch import Tensor
 from attnlab.backends.routed import RoutedBlocks
 from attnlab.backends.tiles.kernel import tile_attention
 from attnlab.backends.tiles.plain import plain_attention
-from attnlab.backends.tiles.plan import one_tile, split, tiling
+from attnlab.backends.tiles.plan import TILE, one_tile, split, tiling
 from attnlab.backends.tiles.tiling import STEP_BYTES, Group, Lists, Tiling
 from attnlab.backends.tiles.traced import tellable, traced_attention
 from attnlab.cost import Cost, machine
@@ -121,7 +121,12 @@ def _plans(p: Problem, pattern: Pattern) -> list[Tiling]:
     """Tilings over disjoint keys that together are the pattern, for the fused kernel."""
     if p.bias is None and (p.is_full or p.is_causal):
         return [one_tile(p.nq, p.nk, p.is_causal, p.device)]
-    return [tiling(part, p.nq, p.nk, p.device) for part in split(pattern, p.nq, p.nk)]
+    plans = []
+    for part in split(pattern, p.nq, p.nk):
+        plan = tiling(part, p.nq, p.nk, p.device)
+        # Small tiles see fewer keys in vain; where nothing is copied for them, only a backward minds their number.
+        plans.append(tiling(part, p.nq, p.nk, p.device, TILE // 2) if plan.in_place and not p.needs_grad else plan)
+    return plans
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

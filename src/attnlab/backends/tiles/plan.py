@@ -29,25 +29,27 @@ _made: OrderedDict[tuple[object, ...], Tiling] = OrderedDict()
 _KEPT_BYTES, _KEPT = 2**29, 64
 
 
-def tiling(pattern: Pattern, nq: int, nk: int, device: torch.device | None = None) -> Tiling:
+def tiling(pattern: Pattern, nq: int, nk: int, device: torch.device | None = None, tile: int = TILE) -> Tiling:
     """The tiling of a pattern that depends on neither batch nor head; kept for the next call.
+
+    `tile` is the number of queries per tile where the pattern does not say which belong together.
 
     Each tile lists exactly the keys that some query of it sees. Costs time linear in the pairs that the pattern's own
     `tile_keys` names, or Nq·Nk where a pattern cannot name them.
     """
-    key = (pattern, nq, nk, device)
+    key = (pattern, nq, nk, device, tile)
     found = _made.get(key)
     if found is not None:
         return found
-    found = _made[key] = _make(pattern, nq, nk, device)
+    found = _made[key] = _make(pattern, nq, nk, device, tile)
     while len(_made) > 1 and (len(_made) > _KEPT or sum(plan.bytes for plan in _made.values()) > _KEPT_BYTES):
         _made.popitem(last=False)
     return found
 
 
-def _make(pattern: Pattern, nq: int, nk: int, device: torch.device | None) -> Tiling:
+def _make(pattern: Pattern, nq: int, nk: int, device: torch.device | None, tile: int) -> Tiling:
     parts: dict[int, list[Part]] = defaultdict(list)
-    for queries in _query_tiles(pattern, nq, device):
+    for queries in _query_tiles(pattern, nq, device, tile):
         for part in _visible(pattern, queries, nk):
             parts[queries.shape[1]].append(part)
     groups = [group for size in parts for sized in _by_width(parts[size]) for group in _groups(*sized)]
@@ -78,18 +80,18 @@ def split(pattern: Pattern, nq: int, nk: int) -> tuple[Pattern, ...]:
 def _listed(pattern: Pattern, nq: int, nk: int) -> int:
     """Pairs of queries and keys that the pattern's own tiles and lists name."""
     total = 0
-    for queries in _query_tiles(pattern, nq, None):
+    for queries in _query_tiles(pattern, nq, None, TILE):
         keys = pattern.tile_keys(queries, nk)
         total += queries.shape[1] * (len(queries) * nk if keys is None else int((keys >= 0).sum()))
     return total
 
 
-def _query_tiles(pattern: Pattern, nq: int, device: torch.device | None) -> list[Tensor]:
+def _query_tiles(pattern: Pattern, nq: int, device: torch.device | None, tile: int) -> list[Tensor]:
     """The queries `(T, b)` of every tile, one tensor for each tile size b."""
     tiles = pattern.query_tiles(nq)
     if tiles is None:
-        positions = torch.arange(-(-nq // TILE) * TILE)
-        tiles = torch.where(positions < nq, positions, -1).view(-1, TILE)
+        positions = torch.arange(-(-nq // tile) * tile)
+        tiles = torch.where(positions < nq, positions, -1).view(-1, tile)
     tiles = tiles.to(device)
     counts = (tiles >= 0).sum(-1)
     tiles = tiles.gather(1, (tiles < 0).long().argsort(dim=1, stable=True))

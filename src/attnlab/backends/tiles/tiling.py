@@ -135,6 +135,12 @@ class Tiling:
         return sum(g.queries.tiles * g.queries.length for g in self.groups)
 
     @cached_property
+    def in_place(self) -> bool:
+        """Whether the kernel looks at most keys where they lie."""
+        copied = sum(g.keys.tiles * g.keys.length for g in self.groups if g.keys.run is None)
+        return 8 * copied < sum(g.keys.tiles * g.keys.length for g in self.groups)
+
+    @cached_property
     def bytes(self) -> int:
         """Memory that the lists and masks take."""
         lists = sum(8 * (g.queries.index.numel() + g.keys.index.numel()) for g in self.groups)
