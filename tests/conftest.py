@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def timm():  # noqa: ANN201
+def timm():
     """timm as a peer, or a skip with the reason.
 
     timm imports torchvision, whose compiled operators do not load beside a CPU build of torch; the two schemas that its
