@@ -73,11 +73,12 @@ class Size:
 class Card:
     """What is known about one system.
 
-    `growth` is the exponent with which FLOPs grow in the number of tokens; `sample` holds the constructor keywords
-    (beside `dim`) with which tests and studies build the thing; `grid_axes` is the number of axes of the grid that it
-    takes; `probe` is the input size that a network takes at `sample`, (height, width) or (length,); `limit`, for an EXACT claim, builds it as `limit(dim, grid)` where it equals `MultiHead` with the same `wqkv`
-    and `wo`; `compiles` and `exports` are empty when torch.compile(fullgraph=True) and torch.export take it, and
-    otherwise say why not.
+    Beside the obvious: `growth` is the exponent with which FLOPs grow in the number of tokens; `sample` holds the
+    constructor keywords (beside `dim`) with which tests and studies build the thing, and `probe` the input size that a
+    network takes then, (height, width) or (length,); `grid_axes` is the number of axes of a mechanism's grid. `limit`,
+    for an EXACT claim, builds it as `limit(dim, grid)` where it equals `MultiHead` with the same `wqkv` and `wo`.
+    `compiles` and `exports` are empty when torch.compile(fullgraph=True) and torch.export take it, and otherwise say
+    why not.
     """
 
     name: str
