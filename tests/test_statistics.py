@@ -97,7 +97,7 @@ def test_a_query_that_sees_nothing_counts_as_nothing():
 def test_queries_of_a_later_piece_are_measured_from_where_they_stand():
     q, k = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
     whole = statistics(q, k, pattern=Causal())
-    piece = statistics(q[:, :, 25:], k, pattern=Causal().shift(25), offset=25)
+    piece = statistics(q[:, :, 25:], k, pattern=Causal().starting_at(25), offset=25)
     torch.testing.assert_close(piece.distance, whole.distance[:, :, 25:])
 
 

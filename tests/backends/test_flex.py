@@ -27,7 +27,7 @@ def test_what_it_cannot_do_is_known_before_it_compiles():
     assert "dropout" in reason(dropout=0.1)
     assert "only softmax" in reason(weighting="sigmoid")
     assert "Documents" in reason(pattern=Documents((100, 156)) & Causal())
-    assert "Documents" in reason(pattern=~Documents((100, 156)).shift(0))
+    assert "Documents" in reason(pattern=~Documents((100, 156)).starting_at(0))
     assert "opt in" in flex.Flex().unsupported(pose(Q, Q, Q))
 
 
@@ -44,7 +44,7 @@ def test_inside_torch_compile_it_is_for_problems_that_are_large_enough():
         ((Window(100) | Sinks(4)) & Causal(), 650, 650),
         (Causal(), 300, 513),
         (Neighborhood((20, 25), 7, 2), 500, 500),
-        (Causal().shift(300), 200, 500),
+        (Causal().starting_at(300), 200, 500),
     ],
     ids=str,
 )

@@ -49,7 +49,7 @@ SQUARE = {
     "all but near": ~Window(9, causal=False),
     "nothing": Window(3) & ~Window(3),
     "some queries see nothing": Window(3) & Blocks((N,), 20) & ~Sinks(50),
-    "shifted": Window(9).shift(20),
+    "shifted": Window(9).starting_at(20),
     "neighborhood": Neighborhood((7, 11), 3),
     "neighborhood, dilated": Neighborhood((7, 11), (3, 2), dilation=(2, 3)),
     "neighborhood, strided, causal": Neighborhood((7, 11), (4, 5), stride=(2, 3), causal=(True, False)),

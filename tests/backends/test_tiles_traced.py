@@ -15,7 +15,7 @@ PATTERNS = (
     ~Window(9, causal=False),
     Neighborhood((6, 8), (3, 2), dilation=(1, 2), causal=(False, True)),
     Halo((6, 8), 3, 1),
-    Window(5).shift(7),
+    Window(5).starting_at(7),
     PowersOfTwo(8, 2, 0),
     Documents((20, 28)),
 )

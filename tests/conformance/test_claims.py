@@ -77,8 +77,8 @@ class Branches(Broken):
 class Leaks(MultiHead):
     """Claims to be causal and looks one token ahead."""
 
-    def mix(self, q, k, v, pattern):
-        return attend(q, k, v, pattern=None if pattern is None else pattern | Causal().shift(1))
+    def mix(self, q, k, v, *, pattern=None, **_):
+        return attend(q, k, v, pattern=None if pattern is None else pattern | Causal().starting_at(1))
 
 
 class Blind(Broken):
@@ -91,8 +91,8 @@ class BlindToContext(MultiHead):
 
 
 class SeesPositions(MultiHead):
-    def project(self, x, context=None, offset=0):
-        q, k, v = super().project(x, context, offset)
+    def project(self, x, context=None, offset=0, **keywords):
+        q, k, v = super().project(x, context, offset, **keywords)
         return q + torch.arange(q.shape[2]).to(q)[:, None], k, v
 
 
@@ -118,7 +118,7 @@ class Amnesiac(MultiHead):
 
 
 class NotSoftmax(MultiHead):
-    def mix(self, q, k, v, pattern):
+    def mix(self, q, k, v, *, pattern=None, **_):
         return attend(q, k, v, pattern=pattern, scale=1.0)
 
 

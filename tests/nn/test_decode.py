@@ -59,7 +59,7 @@ def test_each_stretch_may_have_its_own_query() -> None:
 @pytest.mark.parametrize("pattern", [Causal(), Window(5), PowersOfTwo(block=2, window=1)], ids=str)
 def test_visible_keys_are_those_of_the_patterns_row(pattern) -> None:
     assert torch.equal(
-        visible(pattern.shift(15), 20, torch.device("cpu")), pattern.matrix(20)[15].nonzero().squeeze(-1)
+        visible(pattern.starting_at(15), 20, torch.device("cpu")), pattern.matrix(20)[15].nonzero().squeeze(-1)
     )
 
 

@@ -137,3 +137,8 @@ def test_tiles_hold_every_query_once_and_their_boxes_every_key(grid):
             missed = seen[queries].any(0)
             missed[keys[keys >= 0]] = False
             assert not missed.any()
+
+
+def test_shifted_blocks_can_be_seen_from_a_later_query() -> None:
+    blocks = Blocks((4, 4), size=2, shift=1)
+    assert torch.equal(blocks.starting_at(5).matrix(11, 16), blocks.matrix(16)[5:])

@@ -76,9 +76,9 @@ def test_keys_named_for_a_tile_hold_all_that_it_sees(name):
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(("Documents", "Regions"))])
 def test_a_shifted_pattern_is_the_rows_from_there_on(name):
     pattern = NAMES[name]
-    assert torch.equal(pattern.shift(20).matrix(N - 20, N), pattern.matrix(N)[20:])
-    assert pattern.shift(0) is pattern
-    assert torch.equal(pattern.shift(5).shift(15).matrix(N - 20, N), pattern.matrix(N)[20:])
+    assert torch.equal(pattern.starting_at(20).matrix(N - 20, N), pattern.matrix(N)[20:])
+    assert pattern.starting_at(0) is pattern
+    assert torch.equal(pattern.starting_at(5).starting_at(15).matrix(N - 20, N), pattern.matrix(N)[20:])
 
 
 def test_causal_and_window_stand_at_the_top_left_for_other_lengths():
@@ -170,7 +170,7 @@ def test_a_mask_for_each_batch_entry_and_head_is_kept_apart():
         (lambda: Documents(()), "Documents: lengths must be one or more positive integers"),
         (lambda: Documents((3, 0)), "Documents: lengths must be one or more positive integers"),
         (lambda: Documents((3, 4)).matrix(8), "lengths sum to 7, but there are 8 queries and 8 keys"),
-        (lambda: Causal().shift(-1), "offset must be 0 or more, got -1"),
+        (lambda: Causal().starting_at(-1), "offset must be 0 or more, got -1"),
         (lambda: Explicit(torch.ones(3, 3)), "Explicit: mask must be bool"),
         (lambda: Explicit(torch.ones(3, 3) > 0).matrix(4), "does not fit 4 queries and 4 keys"),
         (lambda: (Explicit(torch.ones(3, 3) > 0) | Causal()).matrix(4), "does not fit 4 queries"),

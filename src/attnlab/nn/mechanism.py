@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnlab.patterns import Causal, Pattern, Shifted
+from attnlab.patterns import Causal, Pattern
 
 
 class Mechanism(nn.Module):
@@ -102,5 +102,4 @@ def pattern_for(
         own = Causal()
     if own is not None:
         pattern = own if pattern is None else pattern & own
-    # Not `.shift(offset)`: shifted blocks have a field of that name.
-    return pattern if pattern is None or offset == 0 else Shifted(pattern, offset)
+    return None if pattern is None else pattern.starting_at(offset)

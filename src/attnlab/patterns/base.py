@@ -52,7 +52,7 @@ class Pattern:
 
         return At(self, b, h)
 
-    def shift(self, offset: int) -> Pattern:
+    def starting_at(self, offset: int) -> Pattern:
         """The same pattern seen by queries that begin at position `offset`: what decoding with a cache needs."""
         from attnlab.patterns.combine import Shifted
 

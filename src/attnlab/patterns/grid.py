@@ -150,8 +150,7 @@ class Blocks(GridPattern):
     """
 
     size: int | tuple[int, ...]
-    # The field's established name hides `Pattern.shift`, which is for decoding a sequence: a grid has no use for it.
-    shift: int | tuple[int, ...] = 0  # type: ignore[assignment]
+    shift: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -273,7 +273,7 @@ class MemoryAsContext(_Titan):
                 q, k = self.position(q, k, length)
             keys = torch.cat([keys, torch.stack([k_h, k], 3).flatten(2, 3)], 2)
             values = torch.cat([values, torch.stack([v_h, v], 3).flatten(2, 3)], 2)
-            where = None if size == 1 else Paired(first).shift(place)  # one token sees all that there is
+            where = None if size == 1 else Paired(first).starting_at(place)  # one token sees all that there is
             y = self.wo(join_heads(attend(q, keys, values, pattern=where)))
             m, memory = self.memory(y, state=memory)
             out.append(self.gate(y, m))

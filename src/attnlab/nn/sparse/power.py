@@ -66,7 +66,7 @@ class PowerAttention(MultiHead):
         offset: int = 0,
         state: KVCache | None = None,
     ) -> Tensor:
-        if state is None or q.shape[2] > 1 or pattern != self.pattern.shift(offset):
+        if state is None or q.shape[2] > 1 or pattern != self.pattern.starting_at(offset):
             return super().mix(q, k, v, x=x, pattern=pattern, offset=offset, state=state)
         spans = self.spans(offset)
         bias, at = self.position_bias(q, k, offset), None
