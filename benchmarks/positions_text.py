@@ -1,4 +1,4 @@
-"""What two papers claim of their positions, on a small language model: python benchmarks/positions_text.py [--steps 300]
+"""What two papers claim of positions, on a small language model: python benchmarks/positions_text.py [--steps 300]
 
 Trains the same decoder on the Python library's sources with each mechanism and prints bits per byte on held-out
 modules. RCMHA (arXiv 2308.03429): relative positions with a convolution beat those without, and plain attention.
@@ -64,9 +64,7 @@ def main() -> None:
         if name == "complexformer":
             mixer = runs[0][0].blocks[0].mixer
             apart = (mixer.frequency.std(0) / mixer.frequency.abs().mean(0)).mean()
-            print(
-                f"  between heads, frequencies differ by {apart:.1%} and scales by {mixer.angle_scale.std(0).mean():.3f}"
-            )
+            print(f"  frequencies of heads differ by {apart:.1%}, scales by {mixer.angle_scale.std(0).mean():.3f}")
 
 
 if __name__ == "__main__":
