@@ -135,7 +135,7 @@ def test_every_streaming_mechanism_streams_in_it(name: str) -> None:
      dict(head_dim=16), dict(mixer_options=dict(qk_norm=nn.RMSNorm, bias=True)),
      dict(mixer=["multihead", "sliding_window"], mixer_options=dict(qk_norm=nn.RMSNorm), depth=3),
      dict(mixer=lambda layer: SlidingWindow(32, heads=4, causal=True, window=4 + layer, position=Rotary(8)))],
-    ids=str,
+    ids=lambda keywords: ", ".join(keywords) or "plain",
 )  # fmt: skip
 def test_generation_with_a_state_equals_generation_without(keywords: dict) -> None:
     m, text = make(**keywords), ids(9)
