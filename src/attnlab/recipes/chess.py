@@ -31,16 +31,15 @@ def quantile(x: Tensor, p: float) -> Tensor:
     return x.flatten().kthvalue(k).values
 
 
-def weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
-    """weights (K,) over rows (K, C) → Σ_k weights_k rows_k (C,), reading the rows of non-zero weights alone.
+def weighted_rows(weights: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+    """weights (len(at),) over rows (K, C) → Σ weights · rows[at] (C,), reading those rows alone.
 
-    The sparse kernel of a projection whose matrix is stored by its inputs: `linear(weights, rows.t())`.
+    The sparse kernel of a projection whose matrix is stored by its inputs.
     """
-    at = weights.nonzero().view(-1)
     # A bag per thread: one bag is summed by one.
     bags = max(min(torch.get_num_threads(), len(at)), 1)
     offsets = torch.arange(bags, device=at.device) * len(at) // bags
-    found = embedding_bag(at, rows, offsets, mode="sum", per_sample_weights=weights[at])
+    found = embedding_bag(at, rows, offsets, mode="sum", per_sample_weights=weights)
     return found.sum(0) if bags > 1 else found[0]
 
 
@@ -109,9 +108,8 @@ class SparseSwiGLU(nn.Module):
             token = x.reshape(-1)
             a = silu(linear(token, self.w1.weight))
             at = (a.abs() >= self.threshold).nonzero().view(-1)
-            hidden = torch.zeros_like(a)
-            hidden[at] = a[at] * chosen_rows(token, self.w3.weight, at)
-            return weighted_rows(hidden, self.w2).view_as(x)
+            hidden = a.index_select(0, at) * chosen_rows(token, self.w3.weight, at)
+            return weighted_rows(hidden, self.w2, at).view_as(x)
         a = silu(self.w1(x))
         a = a.masked_fill(a.abs() < self.threshold, 0.0)
         return (a * self.w3(x)) @ self.w2
@@ -150,11 +148,12 @@ class SparseLinear(nn.Module):
         return torch.cat((self.inputs.t(), self.rest))
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = x.masked_fill(x.abs() < self.threshold, 0.0)
         if _one_token(x):
-            sparse = weighted_rows(kept.reshape(-1), self.inputs).view(*x.shape[:-1], -1)
+            token = x.reshape(-1)
+            at = (token.abs() >= self.threshold).nonzero().view(-1)
+            sparse = weighted_rows(token.index_select(0, at), self.inputs, at).view(*x.shape[:-1], -1)
         else:
-            sparse = kept @ self.inputs
+            sparse = x.masked_fill(x.abs() < self.threshold, 0.0) @ self.inputs
         if len(self.rest):
             sparse = torch.cat((sparse, linear(x, self.rest)), -1)
         return sparse if self.bias is None else sparse + self.bias
