@@ -167,7 +167,6 @@ def test_pieces_give_what_the_whole_gives(choice: dict) -> None:
         (dict(head_dim=3), "head_dim must be even"),
         (dict(kv_heads=1), "kv_heads must be heads = 2"),
         (dict(base=0.0), "base must be positive"),
-        (dict(position=Rotary(8)), "position must not be given"),
     ],
 )
 def test_errors_name_what_is_wrong(keywords: dict, message: str) -> None:

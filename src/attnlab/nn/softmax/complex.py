@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -59,7 +60,7 @@ class ComplexAttention(MultiHead):
             g per head.
         layout: pairs are "interleaved", (2c, 2c + 1), or "half", (c, c + D/2).
         base: of RoPE's frequencies.
-        Others as for `MultiHead`, without a position of its own.
+        Others as for `MultiHead`, but no `position`: places enter through `delta`.
     """
 
     def __init__(
@@ -71,11 +72,18 @@ class ComplexAttention(MultiHead):
         delta: Literal["learned", "fixed", "scaled"] = "learned",
         layout: Literal["interleaved", "half"] = "interleaved",
         base: float = 10000.0,
-        **keywords: Any,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        causal: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        dropout: float = 0.0,
+        out_bias: bool | None = None,
     ) -> None:
-        if keywords.get("position") is not None:
-            raise ValueError("position must not be given: places enter through delta")
-        super().__init__(dim, heads=heads, **keywords)
+        super().__init__(
+            dim, heads=heads, kv_heads=kv_heads, head_dim=head_dim, bias=bias, causal=causal, qk_norm=qk_norm,
+            dropout=dropout, out_bias=out_bias,
+        )  # fmt: skip
         for name, given, known in (
             ("adapt", adapt, ("affine", "scale", "head", "mlp")),
             ("delta", delta, ("learned", "fixed", "scaled")),
