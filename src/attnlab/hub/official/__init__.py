@@ -99,8 +99,10 @@ def parse_arguments(raw: Any, case_name: str = "", call: str = "") -> dict[str, 
     if isinstance(raw, Mapping):
         found.update(raw)
     elif isinstance(raw, str):
+        # A literal may be followed by remarks.
+        inside = re.match(r"\s*\{.*\}", raw, re.DOTALL)
         try:
-            literal = ast.literal_eval(raw)
+            literal = ast.literal_eval(inside[0].strip() if inside else raw)
         except (ValueError, SyntaxError):
             literal = None
         if isinstance(literal, Mapping):

@@ -1,0 +1,1 @@
+"""Networks that generate by removing noise. May import models.skeletons and nn."""
