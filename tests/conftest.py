@@ -18,23 +18,36 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def timm():
-    """timm as a peer, or a skip with the reason.
+def torchvision_schemas() -> torch.library.Library | None:
+    """What an import of torchvision needs: its compiled operators do not load beside a CPU build of torch.
 
-    timm imports torchvision, whose compiled operators do not load beside a CPU build of torch; the two schemas that its
-    import asks for are enough for timm.
+    timm and transformers import torchvision where it is installed; for them two schemas are enough.
     """
     try:
         import torchvision  # noqa: F401
-    except ImportError as error:
-        pytest.skip(f"timm needs torchvision: {error}")
+    except ImportError:
+        pass
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
+        return library  # kept by this fixture: its schemas go with it
+    return None
+
+
+@pytest.fixture(scope="session")
+def timm(torchvision_schemas):
+    """timm as a peer, or a skip with the reason."""
+    pytest.importorskip("torchvision", reason="timm needs torchvision")
     return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers(torchvision_schemas):
+    """transformers as a peer, or a skip with the reason."""
+    return pytest.importorskip("transformers")
 
 
 @pytest.fixture(autouse=True)

@@ -144,9 +144,9 @@ def test_yarn_enlarges_scores_by_its_temperature() -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
-def test_stretched_frequencies_equal_those_of_transformers(kind: str) -> None:
+def test_stretched_frequencies_equal_those_of_transformers(kind: str, transformers) -> None:
     utils = pytest.importorskip("transformers.modeling_rope_utils")
-    config = pytest.importorskip("transformers").LlamaConfig(
+    config = transformers.LlamaConfig(
         hidden_size=512, num_attention_heads=8, max_position_embeddings=8192,
         rope_scaling=dict(rope_type=kind, factor=4.0, rope_theta=10000.0, original_max_position_embeddings=2048,
                           low_freq_factor=1.0, high_freq_factor=4.0),

@@ -65,8 +65,7 @@ def test_equals_llamas_equations() -> None:
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
-def test_equals_transformers_with_the_same_weights(family: str) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_equals_transformers_with_the_same_weights(family: str, transformers) -> None:
     config = dict(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
         num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=family == "Qwen2",

@@ -143,10 +143,10 @@ def test_errors_name_what_is_wrong(keywords: dict, message: str) -> None:
         make(**keywords)
 
 
-def test_gates_per_element_equal_those_of_qwen3_next() -> None:
+def test_gates_per_element_equal_those_of_qwen3_next(transformers) -> None:
     """Its projection holds query and gate of each head in turn, its norms scale by 1 + weight, a quarter turns."""
     next_ = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
-    config = pytest.importorskip("transformers").Qwen3NextConfig(
+    config = transformers.Qwen3NextConfig(
         hidden_size=DIM, num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=8, attention_bias=False,
         partial_rotary_factor=0.5, rope_theta=10000.0, attn_implementation="eager",
     )  # fmt: skip
