@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "attend": "attnlab.attend",
     "explain": "attnlab.attend",
-    "merge": "attnlab.attend",
+    "merge": "attnlab.merging",
     "statistics": "attnlab.statistics",
     "compiling": "attnlab.planner",
     "scan": "attnlab.scan",
@@ -46,12 +46,12 @@ __all__ = ["__version__", *_HOME, *_MODULES]
 if TYPE_CHECKING:
     from attnlab.attend import attend as attend
     from attnlab.attend import explain as explain
-    from attnlab.attend import merge as merge
     from attnlab.cards import Card as Card
     from attnlab.cards import build as build
     from attnlab.cards import describe as describe
     from attnlab.cards import names as names
     from attnlab.cards import register as register
+    from attnlab.merging import merge as merge
     from attnlab.planner import compiling as compiling
     from attnlab.scan import scan as scan
     from attnlab.statistics import statistics as statistics

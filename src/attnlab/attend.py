@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -11,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnlab.merging import merge
 from attnlab.patterns import Causal, Full, Pattern
 from attnlab.problem import Bias, Lookup, Problem
 from attnlab.weightings import SOFTMAX, Affine, Weighting
@@ -19,6 +18,8 @@ from attnlab.weightings import weighting as as_weighting
 if TYPE_CHECKING:
     from attnlab.planner import Explanation
     from attnlab.routing import Route
+
+__all__ = ["attend", "explain", "merge", "pose"]
 
 _FULL = Full()
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -232,35 +233,6 @@ def _check_bias(bias: Bias, q: Tensor, wanted: tuple[int, ...]) -> bool:
     if not values.is_floating_point():
         raise TypeError(f"bias must be floating point, got {values.dtype} (wrap a mask: pattern=Explicit(mask))")
     return values.requires_grad
-
-
-def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Join softmax attention over disjoint key sets: what one softmax over all of them gives.
-
-        lse = log Σ_p exp(lse_p)        out = Σ_p exp(lse_p − lse) out_p
-
-    Args:
-        parts: pairs `(out (B, H, Nq, Dv), lse (B, H, Nq))` as `attend(..., return_lse=True)` returns them.
-
-    Returns:
-        `(out, lse)` of the union. Queries that see no key in any part stay zero.
-    """
-    if not parts:
-        raise ValueError("parts must hold at least one (out, lse) pair")
-    for out, lse in parts:
-        if out.shape[:-1] != lse.shape:
-            raise ValueError(
-                f"lse must have out's shape without the last axis, got {tuple(lse.shape)} for {tuple(out.shape)}"
-            )
-    each = torch.stack([lse for _, lse in parts])
-    # Rows with no key at all are −inf in every part; a finite stand-in keeps exp and its gradient away from NaN.
-    dead = (each == -math.inf).all(0)
-    total = torch.logsumexp(each.masked_fill(dead, 0.0), 0)
-    shares = (each - total).exp().masked_fill(dead, 0.0)
-    joined = torch.stack(
-        [out * share.unsqueeze(-1).to(out.dtype) for (out, _), share in zip(parts, shares, strict=True)]
-    )
-    return joined.sum(0), total.masked_fill(dead, -math.inf)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Explanation:

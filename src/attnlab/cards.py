@@ -24,7 +24,7 @@ class Kind(str, Enum):
     FEATURES = "features"  # (B, C, *spatial) → the same
     BACKBONE = "backbone"  # images → logits or feature maps
     LM = "lm"  # token ids → logits
-    OPERATOR = "operator"  # a function on heads
+    OPERATOR = "operator"  # a function or module with shapes of its own, which its docstring gives
     RECIPE = "recipe"
     LENS = "lens"
     BENCHMARK = "benchmark"

@@ -14,6 +14,7 @@ from attnlab.backends.tiles.plan import TILE, one_tile, split, tiling
 from attnlab.backends.tiles.tiling import STEP_BYTES, Group, Lists, Tiling
 from attnlab.backends.tiles.traced import tellable, traced_attention
 from attnlab.cost import Cost, machine
+from attnlab.merging import merge
 from attnlab.patterns import Pattern
 from attnlab.problem import Lookup, Problem
 from attnlab.weightings import Softmax
@@ -131,8 +132,4 @@ def _plans(p: Problem, pattern: Pattern) -> list[Tiling]:
 
 def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over the keys of all parts, which are disjoint."""
-    if len(parts) == 1:
-        return parts[0]
-    from attnlab.attend import merge  # above this room, but the same mathematics
-
-    return merge(parts)
+    return parts[0] if len(parts) == 1 else merge(parts)
