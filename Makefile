@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: compare test check slow wheel clean
+.PHONY: compare test slow speed wheel clean
 
 compare: .venv/run.stamp  ## train every default mechanism on the default tasks; report in runs/
 	$(BIN)/attnlab compare --out runs $(ARGS)
@@ -17,6 +17,10 @@ test: .venv/dev.stamp  ## style, types and every test but the slow ones
 
 slow: .venv/dev.stamp  ## the longer checks: make slow ARGS=tests/nn/softmax
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow $(ARGS)
+
+speed: .venv/dev.stamp  ## attend and scan beside their peers: ratios, a few minutes on a quiet machine
+	$(BIN)/python benchmarks/attend.py
+	$(BIN)/python benchmarks/scan.py
 
 wheel: .venv/dev.stamp
 	$(BIN)/python -m build --wheel --outdir dist
