@@ -60,13 +60,13 @@ class OnlineMeans(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """means ← λ means + (1 − λ) new. `unit`: new is one round of k-means; else half the sum of a mean's tokens."""
+        """means ← λ means + (1 − λ) new. `unit`: new is one round of k-means; else the average of a mean's tokens."""
         means = self.means.to(x.dtype)
         if self.unit:
             new = self.one_round(x, means)
         else:
             sums, sizes = self._sums(x, means)
-            new = torch.where(sizes > 0, sums / 2, means)
+            new = torch.where(sizes > 0, sums / sizes.clamp_min(1), means)
         self.means.lerp_(new.to(self.means.dtype), 1 - self.decay)
 
     def commitment(self, x: Tensor) -> Tensor:
@@ -107,28 +107,36 @@ def cluster_attention(
         return x.gather(2, members.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])).unflatten(2, (count, -1))
 
     q_in, k_in, v_in = gather(q, queries), gather(k, keys), gather(v, keys)
-    pattern, bias = None, None
+    slots = 0 if memory is None else memory[0].shape[2]
+    same, pattern, bias = own_last or queries is keys, None, None
     if own_last:
         bias = OWN * torch.eye(queries.shape[3], keys.shape[3], dtype=q.dtype, device=q.device)
-        pattern = Causal() if causal else None
+    if causal and same and not slots:
+        pattern = Causal()  # the members stand in order
     elif causal:
-        bias = torch.zeros((), dtype=q.dtype, device=q.device)
-        bias = bias.masked_fill(queries[..., :, None] < keys[..., None, :], -math.inf)
-    if memory is not None and memory[0].shape[2]:
+        if same:
+            later = torch.ones(queries.shape[3], keys.shape[3], dtype=torch.bool, device=q.device).triu(1)
+        else:
+            later = queries[..., :, None] < keys[..., None, :]
+        bias = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias
+        bias = bias.masked_fill(later, -math.inf)
+    if memory is not None and slots:
         k_in, v_in = (
             torch.cat((m.to(t.dtype).expand(len(t), -1, -1, -1, -1), t), 3)
             for m, t in zip(memory, (k_in, v_in), strict=True)
         )
-        slots = memory[0].shape[2]
-        if pattern is not None and bias is not None:
-            bias = bias.masked_fill(torch.ones_like(bias, dtype=torch.bool).triu(1), -math.inf)
-            pattern = None
-        if bias is not None:
-            bias = F.pad(bias, (slots, 0))
+        bias = None if bias is None else F.pad(bias, (slots, 0))
     if bias is not None and bias.dim() > 2:
         bias = bias.flatten(1, 2)
     out = attend(
-        q_in.flatten(1, 2), k_in.flatten(1, 2), v_in.flatten(1, 2), pattern=pattern, bias=bias, dropout=dropout
+        q_in.flatten(1, 2),
+        k_in.flatten(1, 2),
+        v_in.flatten(1, 2),
+        pattern=pattern,
+        bias=bias,
+        dropout=dropout,
+        # With a bias of their own for each, clusters are small dense problems: nothing is to be gained by tiling them.
+        backend="auto" if bias is None else "dense",
     )
     index = queries.flatten(2)[..., None]
     out = out.unflatten(1, (-1, count)).flatten(2, 3)
@@ -155,12 +163,14 @@ class ClusterRouting(Mechanism):
 
         cluster c of a head: the `size` queries and the `size` keys with the largest products with the mean μ_c
         y_i = Wo mean_{c ∋ i} attend(q_i, k in c, v in c)                      and zero where i is in no cluster
-        μ_c ← λ μ_c + (1 − λ) · ½ Σ (queries and keys nearest to μ_c)          while training
+        μ_c ← λ μ_c + (1 − λ) · average of the queries and keys nearest to μ_c                  while training
 
     x `(B, N, C)` → the same shape. A local head sees its block of `window` tokens and the one before it (and the one
     behind it, if not causal). q and k of routed heads pass a layer norm without weights, and with `causal` they are one
-    and the same. Means start from k-means on the first batch in training; before, they are random. After a forward in
-    training `commitment_loss` is 10⁻⁴ times the squared distance of tokens to their means, to be added to the loss.
+    and the same. The paper writes half the sum for the average, whose length would depend on the batch; its authors'
+    code divides by counts too. Means start from k-means on the first batch in training; before, they are random. After
+    a forward in training `commitment_loss` is 10⁻⁴ times the squared distance of tokens to their means, to be added to
+    the loss.
 
     With `causal` no token reads a later one, but which tokens share a cluster is decided over the whole sequence, so
     later tokens do have an influence (the paper accepts that): the card does not claim it. Cost per head
