@@ -87,7 +87,7 @@ def test_a_window_over_everything_is_causal_attention(settings):
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_no_key_is_out_of_reach(steps):
     # A search that scores one key alone must be able to find a span that holds it, wherever it lies.
-    n, search = 130, SpanSearch(steps=steps, topk=99)
+    n, search = 300, SpanSearch(steps=steps, topk=99)
     k = torch.zeros(1, 1, n, 1, dtype=torch.float64)
     spans = search(torch.zeros(1, 1, n, 1, dtype=torch.float64), k)
     if steps == 2:  # every anchor is kept, so the union of their spans is what can be found
@@ -96,12 +96,14 @@ def test_no_key_is_out_of_reach(steps):
         near = (j[None] > j[:, None] - search.window_size) & (j[None] <= j[:, None])
         assert torch.equal(held.any(-2)[0, 0] | near, torch.ones(n, n, dtype=torch.bool).tril())
         return
-    # A slope towards one place lets each refinement find it.
-    for target in range(0, 100, 7):
-        k = -(torch.arange(n, dtype=torch.float64) - target).abs().view(1, 1, n, 1)
-        spans = SpanSearch(steps=steps, topk=4)(torch.ones(1, 1, n, 1, dtype=torch.float64), k)
-        last = [t[0, 0, -1] for t in spans[:3]]
-        assert ((last[1] <= target) & (target <= last[2] + n ** (1 / steps) + 1)).any()
+    # A slope down to the target from behind leads each step to the nearest site at or after it, whose span holds it.
+    for target in range(n - search.window_size):
+        j = torch.arange(n, dtype=torch.float64)
+        k = torch.where(j < target, -1000.0, target - j).view(1, 1, n, 1)
+        spans = SpanSearch(steps=steps, topk=1)(torch.ones(1, 1, n, 1, dtype=torch.float64), k)
+        asked = torch.arange(target + search.window_size, n)  # those whose window holds it need no search
+        start, end = (t[0, 0, asked, 0] for t in (spans.start, spans.end))
+        assert ((start <= target) & (target <= end)).all(), target
 
 
 def test_scores_are_not_scaled_and_sharpen_the_gate_alone():
