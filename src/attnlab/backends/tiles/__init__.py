@@ -56,6 +56,9 @@ class Tiles:
         groups = [g for plan in plans for g in plan.groups]
         copied = sum(g.keys.tiles * g.keys.length for g in groups if g.keys.run is None)
         moved = 2.0 * p.dtype.itemsize * p.batch * p.kv_heads * copied * (p.dim + p.value_dim) * passes
+        # A bias is picked pair by pair: measured as so many bytes of memory traffic.
+        picked = 0 if p.bias is None or isinstance(p.bias, Lookup) else 20 if isinstance(p.bias, Tensor) else 6
+        moved += picked * pairs * (2 if p.needs_grad else 1)
         apart = (p.batch if p.pattern.per_batch else 1) * (p.heads if p.pattern.per_head else 1)
         steps = apart * len(groups) + moved / STEP_BYTES
         tokens = p.batch * p.heads * (p.nq + p.nk) * (p.dim + p.value_dim)
