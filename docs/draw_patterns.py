@@ -1,6 +1,6 @@
 """Draw the picture of the README: twelve patterns, each from its own definition.
 
-    python docs/draw_patterns.py        writes docs/patterns.svg
+python docs/draw_patterns.py        writes docs/patterns.svg
 """
 
 from pathlib import Path

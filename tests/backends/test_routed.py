@@ -1,6 +1,5 @@
 """The lists of chosen blocks give what the oracle gives, forward and backward, at the promised cost and memory."""
 
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
