@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attnlab.cards import FEATURES, Card, register
+from attnlab.cards import ANY_GRID, FEATURES, Card, register
 from attnlab.models.vision.axial import Coordinates
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.sparse.axial import along
@@ -59,7 +59,8 @@ class ConvBranch(nn.Module):
         family="sparse",
         kind=FEATURES,
         cost="N (H + W)",
-        sample=dict(depth=1, heads=4, size=(4, 6)),
+        capabilities=ANY_GRID,
+        sample=dict(depth=1, heads=4),
     )
 )
 class AxialEncoder(nn.Module):
