@@ -42,7 +42,7 @@ class Text(Task):
     reads = "text"
     positions = True
     budgets = {
-        "small": Budget(parameters=120_000, depth=2, steps=400, batch=4, length=128, learning_rate=6e-3, examples=192),
+        "small": Budget(parameters=120_000, depth=2, steps=800, batch=4, length=128, learning_rate=6e-3, examples=192),
         "medium": Budget(parameters=1_000_000, depth=4, steps=2_000, batch=16, length=256, examples=512),
     }
 
