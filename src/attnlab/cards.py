@@ -89,7 +89,7 @@ class Card:
     cost: str = ""
     growth: float | None = None
     title: str = ""
-    system: str = ""  # the name under which the catalogue lists the paper
+    system: str = ""  # the paper's name in the catalogue, where all of it is here
     sample: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Size] = field(default_factory=dict)
     grid_axes: int = 2

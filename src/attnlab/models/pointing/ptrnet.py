@@ -47,7 +47,6 @@ class _State(NamedTuple):
         name="pointer_network",
         title="Pointer Networks",
         paper="1506.03134",
-        system="ptrnet",
         family="cross",
         kind=OPERATOR,
         cost="M N",
