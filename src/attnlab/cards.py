@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
 from typing import Any, TypeVar
@@ -186,11 +186,25 @@ def target(name: str) -> Callable[..., Any]:
     return _find(name).target
 
 
-def build(name: str, *args: Any, **keywords: Any) -> Any:
+def build(
+    name: str,
+    *args: Any,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    **keywords: Any,
+) -> Any:
     """Build what is registered under `name`: `build("gated", 64, heads=4)`, or a size: `build("focalnet_tiny_srf")`.
 
-    For a named size, the size's own arguments come first and `keywords` override them.
+    For a named size, the size's own arguments come first and `keywords` override them. With `features_only`, a backbone
+    gives its maps at several scales (those of `out_indices`, or all) instead of logits, and has `channels` and
+    `reductions`.
     """
+    if features_only:
+        from attnlab.models.skeletons.features import features_of
+
+        return features_of(name, out_indices, keywords)
+    if out_indices is not None:
+        raise ValueError("out_indices goes with features_only=True")
     entry = _find(name)
     size = entry.card.sizes.get(name)
     return entry.target(*args, **({**size.arguments, **keywords} if size else keywords))
