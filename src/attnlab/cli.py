@@ -24,9 +24,8 @@ RESULTS = "results.sqlite"
 _INTERRUPTED = 130
 
 _SEVERAL = "Comma-separated, or given several times."
-Tasks = Annotated[
-    list[str] | None, typer.Option(help=f"text, textures, photos-x2, series, recall, needle; all of them. {_SEVERAL}")
-]
+_TASKS = "text, textures, photos-x2, series, recall, needle, lookup, causal-lookup"
+Tasks = Annotated[list[str] | None, typer.Option(help=f"{_TASKS}; all of them. {_SEVERAL}")]
 Mechanisms = Annotated[list[str] | None, typer.Option(help=f"Names from attnlab list; nine if not given. {_SEVERAL}")]
 
 

@@ -5,7 +5,7 @@ from attnlab import cards
 from attnlab.arena import network, study
 from attnlab.arena.influence import influence
 from attnlab.arena.network import NONE, Network, solve, takes_part
-from attnlab.arena.task import CAUSAL, GRID, Task, find_task, tasks
+from attnlab.arena.task import CAUSAL, CAUSAL_CROSS, CROSS, GRID, Task, find_task, tasks
 
 DEFAULTS = [NONE, *(name for name in study.MECHANISMS if name in cards.names())]
 
@@ -42,6 +42,23 @@ def test_mechanisms_look_both_ways_on_a_grid(name):
     assert influence(name, GRID, length=36, width=32).triu(1).max() > 0
 
 
+@pytest.mark.parametrize("layout", [CROSS, CAUSAL_CROSS])
+def test_queries_look_into_the_context_and_no_further_than_they_may(layout):
+    module = network.mixer("multihead", 32, layout)
+    x = torch.randn(1, 12, 32, requires_grad=True)
+    y = module(x)
+    assert (y[:, :6] == 0).all()  # the context is not mixed
+    (seen,) = torch.autograd.grad(y[0, 6 + 2].sum(), x)
+    reached = seen[0].norm(dim=-1) > 0
+    visible = [True] * 6 if layout == CROSS else [True] * 3 + [False] * 3
+    assert reached.tolist() == [*visible, False, False, True, False, False, False]
+
+
+def test_every_token_mechanism_can_take_part_in_a_task():
+    alone = [n for n in cards.names(kind="tokens") if all(takes_part(n, task) for task in tasks().values())]
+    assert not alone
+
+
 def test_the_control_passes_its_tokens_by():
     assert (network.mixer(NONE, 8, CAUSAL)(torch.randn(1, 4, 8)) == 0).all()
 
@@ -57,6 +74,9 @@ def test_the_control_passes_its_tokens_by():
         ("neighborhood", "series", "works on grids"),
         ("focal", "photos-x2", ""),
         ("neighborhood", "textures", ""),
+        ("kda", "lookup", "another sequence"),
+        ("power", "causal-lookup", ""),
+        ("focal", "lookup", "feature maps"),
         (NONE, "needle", ""),
     ],
 )

@@ -9,7 +9,7 @@ from attnlab.arena import task as registry
 from attnlab.arena.task import GRID, Budget, Task, find_task, task, tasks
 from attnlab.arena.tasks import needle, photos, recall, text
 
-NAMES = ("text", "textures", "photos-x2", "series", "recall", "needle")
+NAMES = ("text", "textures", "photos-x2", "series", "recall", "needle", "lookup", "causal-lookup")
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +214,14 @@ def test_a_user_adds_a_task_with_a_decorator(monkeypatch):
 
 def test_the_library_is_read_once():
     assert text._standard_library() is text._standard_library()
+
+
+@pytest.mark.parametrize("name", ["lookup", "causal-lookup"])
+def test_a_dictionary_answers_every_lookup(ready, name):
+    inputs, targets = ready[name].batch(torch.Generator().manual_seed(0))
+    context, queries = inputs.chunk(2, 1)
+    for pairs, asked, answers in zip(context.tolist(), queries.tolist(), targets.tolist(), strict=True):
+        known: dict[int, int] = {} if name == "causal-lookup" else dict(pairs)
+        for (key, value), (question, _), answer in zip(pairs, asked, answers, strict=True):
+            known[key] = value
+            assert known[question] == answer

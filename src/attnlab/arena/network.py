@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab import cards
-from attnlab.arena.task import CAUSAL, GRID, Task
+from attnlab.arena.task import CAUSAL, CAUSAL_CROSS, CROSS, GRID, Task
 from attnlab.models.skeletons.plain import Encoder
 from attnlab.nn.multihead import MultiHead
 from attnlab.positions import Rotary
@@ -72,6 +72,18 @@ class OnMap(nn.Module):
         return self.mechanism(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
 
 
+class Across(nn.Module):
+    """The second half of the tokens looks into the first, its context, which stays as it is: (B, 2·N, C) → the same."""
+
+    def __init__(self, mechanism: nn.Module):
+        super().__init__()
+        self.mechanism = mechanism
+
+    def forward(self, x: Tensor, *, grid: tuple[int, ...] | None = None) -> Tensor:
+        context, queries = x.chunk(2, 1)
+        return torch.cat((torch.zeros_like(context), self.mechanism(queries, context)), 1)
+
+
 def mixer(mechanism: str, width: int, layout: str, *, positions: bool = False) -> nn.Module:
     """The mechanism as its card samples it, causal or not as the layout asks; with rotary positions if it takes any."""
     if mechanism == NONE:
@@ -83,10 +95,11 @@ def mixer(mechanism: str, width: int, layout: str, *, positions: bool = False) -
     parameters = inspect.signature(cards.target(mechanism)).parameters
     passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if passes_on or "causal" in parameters:
-        options["causal"] = layout == CAUSAL
+        options["causal"] = layout in (CAUSAL, CAUSAL_CROSS)
     if positions and takes_positions(mechanism):
         options["position"] = Rotary(options.get("head_dim") or width // options["heads"])
-    return cards.build(mechanism, width, **options)
+    built = cards.build(mechanism, width, **options)
+    return Across(built) if layout in (CROSS, CAUSAL_CROSS) else built
 
 
 def takes_positions(mechanism: str) -> bool:
@@ -102,6 +115,12 @@ def why_not(card: cards.Card, task: type[Task]) -> str:
     """Why a mechanism takes no part in a task; empty if it does."""
     if card.kind not in (cards.Kind.TOKENS, cards.Kind.FEATURES):
         return f"is a {card.kind.value}, not a mechanism to put into a network"
+    if task.layout in (CROSS, CAUSAL_CROSS):
+        if card.kind is cards.Kind.FEATURES:
+            return "works on feature maps, and this is two sequences"
+        if not card.claims(cards.NONCAUSAL_CROSS if task.layout == CROSS else cards.CAUSAL_CROSS):
+            return "cannot look into another sequence" + (" without looking ahead" * (task.layout == CAUSAL_CROSS))
+        return ""
     if task.layout == GRID:
         if card.kind is cards.Kind.TOKENS and not card.claims(cards.NONCAUSAL_SELF):
             return "only looks back, and here every token sees all others"

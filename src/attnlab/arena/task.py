@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 CAUSAL, GRID = "causal", "grid"  # a sequence read from left to right; a map of tokens that all see each other
+# The first half of the tokens is the context of the second: all of it, or for the i-th up to the i-th.
+CROSS, CAUSAL_CROSS = "cross", "causal-cross"
+LAYOUTS = (CAUSAL, GRID, CROSS, CAUSAL_CROSS)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Task:
 
 TaskType = TypeVar("TaskType", bound="type[Task]")
 _TASKS: dict[str, type[Task]] = {}
-_OURS = ("text", "textures", "photos", "series", "recall", "needle")
+_OURS = ("text", "textures", "photos", "series", "recall", "needle", "lookup")
 
 
 def task(cls: TaskType) -> TaskType:
@@ -125,8 +128,8 @@ def task(cls: TaskType) -> TaskType:
     missing = [name for name in ("name", "metric", "budgets") if not hasattr(cls, name)]
     if missing:
         raise TypeError(f"task: {cls.__name__} lacks {', '.join(missing)}")
-    if cls.better not in ("lower", "higher") or cls.layout not in (CAUSAL, GRID):
-        raise ValueError(f"task {cls.name}: better is 'lower' or 'higher' and layout is 'causal' or 'grid'")
+    if cls.better not in ("lower", "higher") or cls.layout not in LAYOUTS:
+        raise ValueError(f"task {cls.name}: better is 'lower' or 'higher' and layout is one of {', '.join(LAYOUTS)}")
     known = _TASKS.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"task: the name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}")
