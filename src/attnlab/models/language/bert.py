@@ -71,6 +71,8 @@ class Bert(nn.Module):
             embedding's own weights; "pooled", tanh of a dense layer of the first word (B, dim); "tokens", `encode`.
         hidden: the width inside the feed-forward; 4 · dim if None.
         length: the longest text.
+        pad: the id of padding, where places are counted as RoBERTa does (arXiv 1907.11692): along the ids that are not
+            `pad`, from pad + 1 in the table, which is so much longer; padding's own place and word stay untrained.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Bert(nn.Module):
         hidden: int | None = None,
         length: int = 512,
         segments: int = 2,
+        pad: int | None = None,
         output: str = "words",
         dropout: float = 0.1,
         norm_eps: float = 1e-12,
@@ -90,10 +93,12 @@ class Bert(nn.Module):
         super().__init__()
         if output not in ("words", "pooled", "tokens"):
             raise ValueError(f"output must be 'words', 'pooled' or 'tokens', got {output!r}")
-        self.length, self.output = length, output
+        if pad is not None and not 0 <= pad < vocabulary:
+            raise ValueError(f"pad must be an id below vocabulary = {vocabulary}, got {pad}")
+        self.length, self.output, self.pad = length, output, pad
         norm = partial(nn.LayerNorm, eps=norm_eps)
-        self.words = nn.Embedding(vocabulary, dim)
-        self.positions = nn.Embedding(length, dim)
+        self.words = nn.Embedding(vocabulary, dim, padding_idx=pad)
+        self.positions = nn.Embedding(length if pad is None else length + pad + 1, dim, padding_idx=pad)
         self.segments = nn.Embedding(segments, dim)
         self.norm, self.dropout = norm(dim), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
@@ -107,6 +112,8 @@ class Bert(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -119,16 +126,24 @@ class Bert(nn.Module):
                 raise ValueError(f"{name} must have the shape of ids, {tuple(ids.shape)}, got {tuple(given.shape)}")
         n = ids.shape[1]
         first = self.segments.weight[0] if segments is None else self.segments(segments)
-        x = self.dropout(self.norm(self.words(ids) + self.positions.weight[:n] + first))
+        x = self.dropout(self.norm(self.words(ids) + self._places(ids) + first))
         pattern = None if keep is None else Explicit(keep.bool()[:, None, None].expand(-1, 1, n, -1))
         for block in self.blocks:
             x = block(x, pattern)
         return x
 
+    def _places(self, ids: Tensor) -> Tensor:
+        if self.pad is None:
+            return self.positions.weight[: ids.shape[1]]
+        words = ids != self.pad
+        return self.positions(words.cumsum(1) * words + self.pad)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The logits (…, vocabulary) of the words at vectors (…, dim) of `encode`: only of the masked ones, say."""
+        return nn.functional.linear(self.transform(x), self.words.weight, self.bias)
+
     def forward(self, ids: Tensor, segments: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         x = self.encode(ids, segments, keep)
         if self.output == "pooled":
             return self.pool(x[:, 0]).tanh()
-        if self.output == "words":
-            return nn.functional.linear(self.transform(x), self.words.weight, self.bias)
-        return x
+        return self.predict(x) if self.output == "words" else x
