@@ -138,3 +138,16 @@ def test_places_are_those_of_pooled_coordinates(grid: tuple[int, int], cells: tu
     wanted = offset.sign() * (offset.abs() + 1).log2() / 3
     torch.testing.assert_close(table[index].view_as(wanted), wanted)
     assert len(torch.unique(table, dim=0)) == len(table) == len(torch.unique(index))
+
+
+@torch.no_grad()
+def test_what_is_kept_without_gradients_follows_the_parameters_however_they_change() -> None:
+    m, x = make(), torch.randn(1, 12, DIM, dtype=torch.float64)
+    first = m(x, grid=(3, 4))
+    for p in (m.cpb_fc2.weight, m.window_bias):
+        p.data.add_(torch.randn_like(p))
+        changed = m(x, grid=(3, 4))
+        assert not torch.allclose(changed, first)
+        with torch.enable_grad():
+            torch.testing.assert_close(m(x, grid=(3, 4)), changed)
+        first = changed

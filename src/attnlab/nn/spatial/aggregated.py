@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,13 +14,16 @@ from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
 from attnlab.nn.mechanism import Mechanism, check_grid, check_heads, join_heads, split_heads
 from attnlab.nn.softmax.mixture_of_heads import HeadRouter
+from attnlab.nn.spatial.bands import window_scores, window_sum
 from attnlab.patterns import Pattern
+
+Grid = tuple[int, int]
 
 
 def relative_places(
-    grid: tuple[int, int],
-    keys: tuple[int, int],
-    trained: tuple[int, int] | None = None,
+    grid: Grid,
+    keys: Grid,
+    trained: Grid | None = None,
     *,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -42,6 +46,22 @@ def relative_places(
     rows, columns = indices  # (H, PH), (W, PW)
     index = rows[:, None, :, None] * len(tables[1]) + columns[None, :, None, :]
     return index.flatten(), torch.cartesian_prod(*tables)
+
+
+def inside(grid: Grid, window: int, *, device: torch.device | None = None) -> Tensor:
+    """Which places of the window around each token lie on the grid: `(N, window²)` bool."""
+    on = []
+    for size in grid:
+        place = torch.arange(size, device=device)[:, None] + torch.arange(window, device=device) - window // 2
+        on.append((place >= 0) & (place < size))
+    return (on[0][:, None, :, None] & on[1][None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+@lru_cache(maxsize=32)
+def _kept_places(*arguments: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`relative_places`, made once for all layers of a stage."""
+    with torch.inference_mode(False):
+        return relative_places(*arguments, device=device)
 
 
 @register(
@@ -80,7 +100,7 @@ class CosineAttention(Mechanism):
         bias: bool = True,
         shared: int | None = None,
         routed: int | None = None,
-        trained: tuple[int, int] | None = None,
+        trained: Grid | None = None,
         dropout: float = 0.0,
         causal: bool = False,
     ) -> None:
@@ -91,7 +111,7 @@ class CosineAttention(Mechanism):
             raise ValueError(f"shared and routed must be given together, got {shared} and {routed}")
         _, self.head_dim = check_heads(dim, heads)
         self.heads, self.trained, self.dropout = heads, trained, dropout
-        self._places: dict[tuple[tuple[int, int], torch.device], tuple[Tensor, Tensor]] = {}
+        self._kept: tuple[Any, list[Tensor], Tensor] | None = None
         self.wqkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.wo = nn.Linear(dim, dim)
         # softplus(temperature) = 1 / 0.24 at first
@@ -100,9 +120,27 @@ class CosineAttention(Mechanism):
         self.cpb_fc1, self.cpb_fc2 = nn.Linear(2, 512), nn.Linear(512, heads)
         self.router = None if shared is None or routed is None else HeadRouter(dim, heads, shared, routed)
 
-    def place_bias(self, index: Tensor, table: Tensor, queries: int) -> Tensor:
-        """b `(H, N, P)` from `relative_places`."""
-        return self.cpb_fc2(F.relu(self.cpb_fc1(table))).T[:, index].unflatten(1, (queries, -1))
+    def place_bias(self, grid: Grid, places: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """b `(H, N, P)`: what the scores of each query's keys start from; `places` from `relative_places`."""
+        index, table = places
+        biases = self.cpb_fc2(F.relu(self.cpb_fc1(table.to(dtype))))
+        return biases.index_select(0, index).view(math.prod(grid), -1, self.heads).permute(2, 0, 1)
+
+    def bias(self, grid: Grid, x: Tensor) -> Tensor:
+        """`place_bias` for tokens like `x`; without gradients it is kept for the next call with the same parameters."""
+        if torch.compiler.is_compiling():
+            return self.place_bias(grid, relative_places(*self.shapes(grid), device=x.device), x.dtype)
+        places = _kept_places(*self.shapes(grid), device=x.device)
+        # Comparing the few parameters costs microseconds on a CPU; a GPU would have to wait for it.
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.place_bias(grid, places, x.dtype)
+        about, weights = (grid, x.dtype), list(self.bias_parameters())
+        if self._kept is None or self._kept[0] != about or not all(map(torch.equal, self._kept[1], weights)):
+            self._kept = about, [w.clone() for w in weights], self.place_bias(grid, places, x.dtype).contiguous()
+        return self._kept[2]
+
+    def bias_parameters(self) -> tuple[Tensor, ...]:
+        return self.cpb_fc1.weight, self.cpb_fc1.bias, self.cpb_fc2.weight, self.cpb_fc2.bias
 
     def merge(self, heads: Tensor, x: Tensor) -> Tensor:
         """`(B, H, N, D)` through the gates of the tokens `x` and the output projection."""
@@ -114,20 +152,14 @@ class CosineAttention(Mechanism):
         """Unit queries, at the temperature for so many `keys`."""
         return (q + self.query_embedding) * (F.softplus(self.temperature) * keys)
 
-    def places(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """`relative_places` of a grid, kept for its next call."""
-        if torch.compiler.is_compiling():
-            return relative_places(grid, self.pooled(grid), self.trained, device=device)
-        if (grid, device) not in self._places:
-            with torch.inference_mode(False):
-                made = relative_places(grid, self.pooled(grid), self.trained, device=device)
-            self._places = {(grid, device): made}
-        return self._places[grid, device]
+    def shapes(self, grid: Grid) -> tuple[Grid, Grid, Grid | None]:
+        """The arguments of `relative_places`."""
+        return grid, self.pooled(grid), self.trained
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": {}}
+        return {**self.__dict__, "_kept": None}
 
-    def pooled(self, grid: tuple[int, int]) -> tuple[int, int]:
+    def pooled(self, grid: Grid) -> Grid:
         """The grid of the keys that every query sees."""
         return grid
 
@@ -145,13 +177,12 @@ class CosineAttention(Mechanism):
         self.check(x)
         self.refuse(context=context, pattern=pattern, state=state)
         height, width = check_grid(grid, x.shape[1], 2)
-        if places is None:
-            places = self.places((height, width), x.device)
-        bias = self.place_bias(places[0], places[1].to(x.dtype), x.shape[1])
-        return self.merge(self.mix(x, (height, width), bias), x)
+        at = height, width
+        bias = self.bias(at, x) if places is None else self.place_bias(at, places, x.dtype)
+        return self.merge(self.mix(x, at, bias), x)
 
-    def mix(self, x: Tensor, grid: tuple[int, int], bias: Tensor) -> Tensor:
-        """Heads `(B, H, N, D)` of tokens `(B, N, C)`, with `bias (H, N, P)`."""
+    def mix(self, x: Tensor, grid: Grid, bias: Tensor) -> Tensor:
+        """Heads `(B, H, N, D)` of tokens `(B, N, C)`, with the `bias` of their scores, (H, N, P)."""
         q, k, v = (split_heads(t, self.heads) for t in self.wqkv(x).chunk(3, -1))
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         dropout = self.dropout if self.training else 0.0
@@ -203,34 +234,37 @@ class AggregatedAttention(CosineAttention):
         self.window_tokens = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, self.head_dim, places), std=0.02))
         self.window_shift = nn.Parameter(torch.zeros(heads, 1, places))
 
-    def pooled(self, grid: tuple[int, int]) -> tuple[int, int]:
+    def pooled(self, grid: Grid) -> Grid:
         sides = (min(self.pool, g) if self.pool is not None else max(g // self.ratio, 1) for g in grid)
         height, width = sides
         return height, width
 
-    def unfold(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`(B, N, C)` to the windows `(B, N, C, places)`, zeros outside the grid."""
-        maps = x.mT.unflatten(2, grid)
-        return F.unfold(maps, self.window, padding=self.window // 2).unflatten(1, (x.shape[2], -1)).permute(0, 3, 1, 2)
+    def place_bias(self, grid: Grid, places: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """b `(H, N, window² + P)`: −∞ where a window hangs over the edge."""
+        outside = ~inside(grid, self.window, device=places[0].device)
+        near = self.window_bias.unsqueeze(1).expand(-1, len(outside), -1).masked_fill(outside, -math.inf)
+        return torch.cat((near, super().place_bias(grid, places, dtype)), -1)
 
-    def mix(self, x: Tensor, grid: tuple[int, int], bias: Tensor) -> Tensor:
-        cells, heads = self.pooled(grid), (self.heads, self.head_dim)
-        q, k, v = self.wqkv(x).chunk(3, -1)
+    def bias_parameters(self) -> tuple[Tensor, ...]:
+        return *super().bias_parameters(), self.window_bias
+
+    def mix(self, x: Tensor, grid: Grid, bias: Tensor) -> Tensor:
+        cells, dim = self.pooled(grid), self.dim
+        q, k, v = self.wqkv(x).split(dim, -1)
         q = F.normalize(split_heads(q, self.heads), dim=-1)
-        k = F.normalize(k.unflatten(-1, heads), dim=-1).flatten(-2)
-        # Windows of keys and of values, (B, H, N, D, places).
-        near_k, near_v = (self.unfold(t, grid).unflatten(2, heads).transpose(1, 2) for t in (k, v))
-        inside = self.unfold(x.new_ones(1, x.shape[1], 1), grid)[0, :, 0] > 0  # (N, places)
+        k = F.normalize(split_heads(k, self.heads), dim=-1)
+        v = split_heads(v, self.heads)
 
         pool = F.adaptive_avg_pool2d(F.gelu(self.reduce(x)).mT.unflatten(2, grid), cells)
-        cut, kv_bias = self.dim, self.wqkv.bias
-        kv = F.linear(self.norm(pool.flatten(2).mT), self.wqkv.weight[cut:], None if kv_bias is None else kv_bias[cut:])
-        far_k, far_v = (split_heads(t, self.heads) for t in kv.chunk(2, -1))
+        kv_bias = None if self.wqkv.bias is None else self.wqkv.bias[dim:]
+        kv = F.linear(self.norm(pool.flatten(2).mT), self.wqkv.weight[dim:], kv_bias)
+        far_k, far_v = (split_heads(t, self.heads) for t in kv.split(dim, -1))
 
-        sharp = self.sharp(q, (inside.sum(-1, keepdim=True) + math.prod(cells)).to(x.dtype).log())
-        near = (sharp.unsqueeze(-2) @ near_k).squeeze(-2) + self.window_bias.unsqueeze(1)
-        scores = torch.cat((near.masked_fill(~inside, -math.inf), sharp @ F.normalize(far_k, dim=-1).mT + bias), -1)
+        keys = inside(grid, self.window, device=x.device).sum(-1, keepdim=True) + math.prod(cells)
+        sharp = self.sharp(q, keys.to(x.dtype).log())
+        near = window_scores(sharp.unflatten(2, grid), k.unflatten(2, grid), self.window).flatten(2, 3)
+        scores = torch.cat((near, sharp @ F.normalize(far_k, dim=-1).mT), -1).add_(bias)
         weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
         near, far = weights.split([self.window**2, far_k.shape[2]], -1)
-        near = near + q @ self.window_tokens + self.window_shift
-        return (near_v @ near.unsqueeze(-1)).squeeze(-1) + far @ far_v
+        near = near + (q @ self.window_tokens).add_(self.window_shift)
+        return window_sum(near.unflatten(2, grid), v.unflatten(2, grid), self.window).flatten(2, 3) + far @ far_v
