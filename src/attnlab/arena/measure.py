@@ -16,10 +16,15 @@ from attnlab.arena.network import NONE, mixer
 from attnlab.arena.task import CAUSAL, GRID
 from attnlab.cost import count_flops, fit_growth
 
-LENGTHS = {"small": (256, 1024, 4096), "medium": (256, 1024, 4096, 16_384)}
-WIDTH = {"small": 64, "medium": 128}
+# "long" is for cost curves alone: no task has a budget of that name.
+LENGTHS = {
+    "small": (256, 1024, 4096),
+    "medium": (256, 1024, 4096, 16_384),
+    "long": (256, 1024, 4096, 16_384, 65_536),
+}
+WIDTH = {"small": 64, "medium": 128, "long": 64}
 DECODE_AT = (64, 4096)
-_PATIENCE = {"small": 3.0, "medium": 20.0}  # seconds that one call may be expected to take
+_PATIENCE = {"small": 3.0, "medium": 20.0, "long": 20.0}  # seconds that one call may be expected to take
 _REPEAT_FOR = 0.15  # seconds over which a call is repeated, at least three times
 
 
