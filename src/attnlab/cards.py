@@ -77,6 +77,8 @@ class Card:
     constructor keywords (beside `dim`) with which tests and studies build the thing, and `probe` the input size that a
     network takes then, (height, width) or (length,); `grid_axes` is the number of axes of a mechanism's grid. `limit`,
     for an EXACT claim, builds it as `limit(dim, grid)` where it equals `MultiHead` with the same `wqkv` and `wo`.
+    `state`, of a STREAMING one, says how many numbers are kept for each sequence after N tokens: arithmetic of N and of
+    the attributes of the thing, or of `layers`, what the layers of a network keep.
     `compiles` and `exports` are empty when torch.compile(fullgraph=True) and torch.export take it, and otherwise say
     why not.
     """
@@ -95,11 +97,32 @@ class Card:
     grid_axes: int = 2
     probe: tuple[int, ...] = ()
     limit: Callable[..., Any] | None = None
+    state: str = ""
     compiles: str = ""
     exports: str = ""
 
     def claims(self, *wanted: Capability) -> bool:
         return all(w in self.capabilities for w in wanted)
+
+    def state_numbers(self, thing: Any, tokens: int) -> int:
+        """How many numbers `thing`, built of what this card is over, keeps of one sequence after so many tokens."""
+        if not self.state:
+            raise ValueError(f"{self.name!r} does not say how large its state is")
+        return eval(self.state, {"__builtins__": {}}, _Names(thing, tokens))
+
+
+class _Names(dict[str, Any]):
+    """What the formula of a state may name."""
+
+    def __init__(self, thing: Any, tokens: int) -> None:
+        super().__init__(N=tokens, min=min, max=max, sum=sum, len=len)
+        self.thing = thing
+
+    def __missing__(self, name: str) -> Any:
+        if name != "layers":
+            return getattr(self.thing, name)
+        mixers = (block.mixer for block in self.thing.blocks)
+        return sum(m.card.state_numbers(m, self["N"]) for m in mixers if hasattr(m, "card"))
 
 
 @dataclass(frozen=True)

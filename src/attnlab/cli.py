@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from attnlab.cards import Card
     from attnlab.patterns import Pattern
 
@@ -98,6 +100,8 @@ def show(name: str) -> None:
         "paper": paper,
         "family": f"{card.family}, {card.kind.value}",
         "cost": card.cost + (f" (FLOPs grow as N^{card.growth:g})" if card.growth is not None else ""),
+        "keeps": card.state.replace(" * ", "·").replace("layers", "Σ layers")
+        + " numbers of N tokens" * (card.state != ""),
         "can": ", ".join(card.capabilities.names()),
         "built as": f"{target.__module__}.{target.__name__}",
         "not compiled": card.compiles,
@@ -109,7 +113,7 @@ def show(name: str) -> None:
     console.print(Text("\n" + (inspect.getdoc(target) or "") + "\n"))
     if card.sizes:
         for size, about in card.sizes.items():
-            console.print(Text(f"  {size}  {about.params:,} parameters"))
+            console.print(Text(f"  {size}  {about.params:,} parameters{_keeps(card, target, about.arguments)}"))
         return
     if card.kind in (cards.Kind.TOKENS, cards.Kind.FEATURES):
         from attnlab.arena import influence
@@ -251,6 +255,18 @@ def parse_pattern(text: str) -> Pattern:
         raise ValueError(f"pattern: {text!r} cannot be read ({error.msg}); such as 'Window(256) | Sinks(4)'") from None
 
 
+def _keeps(card: Card, target: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """How much a network of this size keeps of a text, if its card says so."""
+    if not card.state:
+        return ""
+    import torch
+
+    with torch.device("meta"):
+        network = target(**arguments)
+    longest = getattr(network, "length", None) or 65536
+    return f", keeps {card.state_numbers(network, longest):,} numbers of {longest:,} tokens"
+
+
 def _console():
     from rich.console import Console
 
@@ -296,6 +312,7 @@ def _as_data(card: Card) -> dict:
         "capabilities": card.capabilities.names(),
         "cost": card.cost,
         "growth": card.growth,
+        "state": card.state,
         "sizes": {name: size.params for name, size in card.sizes.items()},
     }
 

@@ -9,6 +9,7 @@ import copy
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ from attnlab.cards import (
     TOKENS,
     Capability,
     Card,
+    entries,
 )
 from attnlab.cost import count_flops, fit_growth
+from attnlab.nn.cache import numbers
 from attnlab.nn.multihead import MultiHead
 
 DIM = 32
@@ -251,9 +254,60 @@ def streaming(s: Subject) -> None:
         state, out = module.initial_state(x.shape[0], dtype=torch.float64), []
         with torch.no_grad():
             for piece in x.split(pieces, 1):
-                y, state = module(piece, state=state)
+                y, state = s.call(module, piece, state=state)
                 out.append(y)
         close(torch.cat(out, 1), full)
+
+
+def keeps_what_it_says(s: Subject) -> None:
+    """A state has as many numbers as the card's formula says, after two lengths."""
+    module = s.causal()
+    for length in (24, 41):
+        x = s.input(batch=1, length=length)
+        with torch.no_grad():
+            _, state = s.call(module, x, state=module.initial_state(1, dtype=torch.float64))
+        check_size(s.card, module, x.shape[1], state)
+
+
+def check_size(card: Card, thing: nn.Module, tokens: int, state: Any) -> None:
+    found = numbers(state)
+    assert card.state, f"the card gives no state=; after {tokens} tokens it has {found:,} numbers"
+    claimed = card.state_numbers(thing, tokens)
+    assert found == claimed, f"after {tokens} tokens the state has {found:,} numbers, claimed {claimed:,}: {card.state}"
+
+
+# Settings without which a state means something else.
+SETTINGS = ("heads", "chunk", "segment", "window", "span", "keep", "states", "sinks", "block")
+
+
+def refuses_foreign_states(s: Subject) -> None:
+    """The state of another mechanism, width, batch or setting is refused, and never read as one's own."""
+    module, x = s.causal(), s.input()
+    others: list[tuple[str, Any]] = [("a tensor", x[:, 0]), ("another batch", module.initial_state(3))]
+    others.append(("another width", s.causal(dim=2 * DIM).initial_state(len(x))))
+    for name in SETTINGS:
+        if name in s.card.sample:
+            changed = {name: 2 * s.card.sample[name]}
+            others.append((f"{changed}", s.causal(**changed).initial_state(len(x))))
+    others += [(name, state) for name, state in _states() if name != s.card.name]
+    for name, state in others:
+        try:
+            s.call(module, x, state=state)
+        except (ValueError, TypeError) as error:
+            assert "state" in str(error), f"the error about a state of {name} does not name it: {error}"
+            continue
+        raise AssertionError(f"a state of {name} was taken")
+
+
+@cache
+def _states() -> list[tuple[str, Any]]:
+    """A state of each streaming mechanism after a few tokens."""
+    found = []
+    for other in (Subject(e.card, e.target) for e in entries() if e.card.claims(STREAMING) and e.card.kind is TOKENS):
+        module, x = other.causal(), other.input()
+        with torch.no_grad():
+            found.append((other.card.name, other.call(module, x, state=module.initial_state(len(x)))[1]))
+    return found
 
 
 def exact(s: Subject) -> None:
@@ -315,4 +369,6 @@ CLAIMS: dict[Capability, Callable[[Subject], None]] = {
 def claims_of(card: Card) -> list[Callable[[Subject], None]]:
     """Every check that `card` must pass."""
     made = [check for claim, check in CLAIMS.items() if claim in card.capabilities]
+    if STREAMING in card.capabilities:
+        made += [keeps_what_it_says, refuses_foreign_states]
     return [*ALWAYS, *made, *([grows_as_claimed] if card.growth is not None else [])]

@@ -6,11 +6,12 @@ import copy
 import io
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from attnlab.cards import BACKBONE, CAUSAL_SELF, STREAMING, Card
-from conformance.claims import close, shake
+from conformance.claims import check_size, close, shake
 
 
 class Network:
@@ -110,6 +111,44 @@ def streams(network: Network) -> None:
     close(torch.cat(out, 1), full)
 
 
+def keeps_what_it_says(network: Network) -> None:
+    if STREAMING not in network.card.capabilities:
+        return
+    module, ids = network.build(), network.input(1)
+    for length in (ids.shape[1] // 2, ids.shape[1]):
+        with torch.no_grad():
+            _, state = module(ids[:, :length], state=module.initial_state(1))
+        check_size(network.card, module, length, state)
+
+
+def refuses_what_does_not_fit(network: Network) -> None:
+    """A state of another model or batch is refused, and a text longer than the model reads."""
+    if STREAMING not in network.card.capabilities:
+        return
+    module, ids, sample = network.build(), network.input(), network.card.sample
+    others = [("a tensor", ids), ("another batch", module.initial_state(3))]
+    for name, value in (
+        ("dim", 2 * sample["dim"]),
+        ("heads", 2 * sample.get("heads", 1)),
+        ("depth", 2 * sample["depth"]),
+    ):
+        if name in sample:
+            others.append((f"{name}={value}", network.target(**{**sample, name: value}).initial_state(len(ids))))
+    for name, state in others:
+        try:
+            module(ids, state=state)
+        except (ValueError, TypeError) as error:
+            assert "state" in str(error), f"the error about a state of {name} does not name it: {error}"
+            continue
+        raise AssertionError(f"a state of {name} was taken")
+    short = network.target(**{**sample, "length": ids.shape[1] - 1})
+    state = short.initial_state(len(ids))
+    _, state = short(ids[:, :3], state=state)
+    for prompt, before in ((ids, None), (ids[:, 3:], state)):
+        with pytest.raises(ValueError, match="ids reach"):
+            short(prompt) if before is None else short(prompt, state=before)
+
+
 CHECKS = (
     has_the_published_sizes,
     treats_each_sample_alone,
@@ -119,4 +158,6 @@ CHECKS = (
     gives_features_at_its_strides,
     causal,
     streams,
+    keeps_what_it_says,
+    refuses_what_does_not_fit,
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.attend import attend
-from attnlab.cards import ANY_GRID, BACKBONE, FEATURES, NONCAUSAL_SELF, TOKENS, Capability, Card, Size
+from attnlab.cards import ANY_GRID, BACKBONE, FEATURES, LM, NONCAUSAL_SELF, TOKENS, Capability, Card, Size
 from attnlab.nn.mechanism import Mechanism
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Causal
@@ -181,6 +181,23 @@ def test_a_false_growth_is_caught(growth: float) -> None:
     fails(claims.grows_as_claimed, MultiHead, growth=growth, sample=dict(heads=2))
 
 
+@pytest.mark.parametrize("state", ["", "kv_heads * head_dim * N", "2 * kv_heads * head_dim * 24", "heads * head_dim"])
+def test_a_false_size_of_the_state_is_caught(state: str) -> None:
+    fails(claims.keeps_what_it_says, MultiHead, state=state, sample=dict(heads=4, kv_heads=2))
+
+
+class TakesAnyState(MultiHead):
+    """Reads whatever it is given as its own."""
+
+    def check_state(self, state, kind, batch) -> None:
+        pass
+
+
+def test_a_foreign_state_that_is_taken_is_caught() -> None:
+    with pytest.raises((AssertionError, AttributeError)):
+        claims.refuses_foreign_states(Subject(card(sample=dict(heads=4)), TakesAnyState))
+
+
 def test_an_outdated_reason_is_caught() -> None:
     fails(claims.compiles, Broken, compiles="once it did not")
     fails(claims.exports, Broken, exports="once it did not")
@@ -199,7 +216,14 @@ def test_a_feature_mechanism_that_changes_the_map_is_caught() -> None:
 
 
 def test_true_claims_pass() -> None:
-    true = Subject(card(capabilities=Capability.ALL_FOUR | Capability.STREAMING, sample=dict(heads=4)), MultiHead)
+    true = Subject(
+        card(
+            capabilities=Capability.ALL_FOUR | Capability.STREAMING,
+            sample=dict(heads=4),
+            state="2 * heads * head_dim * N",
+        ),
+        MultiHead,
+    )
     for check in claims.claims_of(true.card):
         if check not in (claims.compiles, claims.exports):
             check(true)
@@ -217,6 +241,28 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         return self.w(x - x.mean(0)).mean((2, 3))
+
+
+class Forgetful(nn.Module):
+    """A language model that takes any state, and remembers nothing."""
+
+    def __init__(self, dim: int = 8, depth: int = 1, length: int | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, dim)
+
+    def initial_state(self, batch, **_):
+        return [torch.zeros(batch, 7)]
+
+    def forward(self, ids, state=None):
+        y = self.embedding(ids)
+        return y if state is None else (y, state)
+
+
+@pytest.mark.parametrize("check", [networks.keeps_what_it_says, networks.refuses_what_does_not_fit])
+def test_a_language_models_false_state_is_caught(check) -> None:
+    claimed = card(kind=LM, capabilities=Capability.STREAMING, state="6", sample=dict(dim=8, depth=1))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check(networks.Network(claimed, Forgetful))
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_the_cache_of_another_batch_or_model_is_refused_unharmed() -> None:
                 m(other, state=state)
         with pytest.raises(ValueError, match="another model or batch"):
             make(causal=True, kv_heads=1)(x, state=state)
-        with pytest.raises(ValueError, match="at most 4"):
+        with pytest.raises(ValueError, match="within the 4 tokens"):
             m(tokens(5), state=KVCache(limit=4))
         with pytest.raises(TypeError, match="pattern must be a Pattern"):
             m(x, state=state, pattern=torch.ones(4, 4))

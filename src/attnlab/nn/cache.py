@@ -1,20 +1,37 @@
-"""The keys and values that a causal mechanism has seen."""
+"""The keys and values that a causal mechanism has seen, and how many numbers a state holds."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 C = TypeVar("C", bound="Cache")
+# What began a state: its class, batch and settings, as pairs (see `Mechanism.owner`).
+Owner = tuple[tuple[str, Any], ...]
+
+
+def numbers(state: Any) -> int:
+    """How many numbers a state holds, over its whole batch; of a buffer with room to grow, those that are filled."""
+    if isinstance(state, Tensor):
+        return state.numel()
+    if isinstance(state, Cache):
+        return state.numbers()
+    if isinstance(state, Mapping):
+        return sum(map(numbers, state.values()))
+    if isinstance(state, (tuple, list)):
+        return sum(map(numbers, state))
+    return sum(map(numbers, vars(state).values())) if hasattr(state, "__dict__") else 0
 
 
 class Cache:
     """Keys and values of tokens so far. Like a file it is written in place: it continues one sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Owner = ()) -> None:
+        self.owner = owner
         self.length = 0
         self._k: Tensor | None = None
         self._v: Tensor | None = None
@@ -27,6 +44,10 @@ class Cache:
                 setattr(other, name, value.clone())
         return other
 
+    def numbers(self) -> int:
+        """How many numbers it holds, without the room to grow."""
+        return sum(t.numel() for t in vars(self).values() if isinstance(t, Tensor))
+
     def bytes(self) -> int:
         """What the buffers take."""
         return sum(0 if t is None else t.numel() * t.element_size() for t in (self._k, self._v))
@@ -38,10 +59,14 @@ class KVCache(Cache):
     Appending costs amortised O(new tokens), and copies nothing old but when the buffer grows.
     """
 
-    def __init__(self, *, limit: int | None = None) -> None:
+    def __init__(self, *, limit: int | None = None, owner: Owner = ()) -> None:
         """`limit` refuses to grow past so many tokens (a learned position table, say)."""
-        super().__init__()
+        super().__init__(owner)
         self.limit = limit
+
+    def numbers(self) -> int:
+        room = sum(t.numel() // t.shape[2] * (t.shape[2] - self.length) for t in (self._k, self._v) if t is not None)
+        return super().numbers() - room
 
     @property
     def k(self) -> Tensor:
@@ -60,7 +85,7 @@ class KVCache(Cache):
         """Add `(B, Hkv, n, D)` keys and values; returns all so far, as views."""
         end = self.length + k.shape[2]
         if self.limit is not None and end > self.limit:
-            raise ValueError(f"the cache holds at most {self.limit} tokens, and {end} were wanted")
+            raise ValueError(f"x must end within the {self.limit} tokens that state can hold, but it ends at {end}")
         _check(self._k, k)
         _check(self._v, v)
         self._k, self._v = self._room(self._k, k, end), self._room(self._v, v, end)
@@ -91,8 +116,8 @@ class RollingCache(Cache):
     sees all of them as they are (`step`); for a longer piece they are put in order (`extend`).
     """
 
-    def __init__(self, window: int, sinks: int) -> None:
-        super().__init__()
+    def __init__(self, window: int, sinks: int, owner: Owner = ()) -> None:
+        super().__init__(owner)
         self.window, self.sinks = window, sinks
 
     def step(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +180,7 @@ def _check(buffer: Tensor | None, new: Tensor) -> None:
     wanted, have = (*new.shape[:2], new.shape[3]), (*buffer.shape[:2], buffer.shape[3])
     if wanted != have or buffer.dtype != new.dtype or buffer.device != new.device:
         raise ValueError(
-            f"the cache holds (B, Hkv, D) = {have} in {buffer.dtype} on {buffer.device}; "
+            f"state holds (B, Hkv, D) = {have} in {buffer.dtype} on {buffer.device}; "
             f"got {wanted} in {new.dtype} on {new.device}: it belongs to another model or batch"
         )
 

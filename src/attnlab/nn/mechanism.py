@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from attnlab.nn.cache import Owner
 from attnlab.patterns import Causal, Pattern
 
 
@@ -18,10 +19,14 @@ class Mechanism(nn.Module):
     from the call before) it returns `(y, state)`, and pieces give what the full causal pass gives.
     """
 
+    causal_only: ClassVar[str] = ""  # why it cannot see what comes later, where it cannot
+
     def __init__(self, dim: int, *, causal: bool = False) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
+        if self.causal_only and not causal:
+            raise ValueError(f"causal must be True: {type(self).__name__} is causal only, {self.causal_only}")
         self.dim = dim
         self.causal = causal
 
@@ -30,6 +35,30 @@ class Mechanism(nn.Module):
     ) -> Any:
         """The state before the first token, for streaming."""
         raise ValueError(f"{type(self).__name__} does not stream: it has no state")
+
+    def owner(self, batch: int) -> Owner:
+        """What a state is stamped with: class, batch, and each setting that is a whole number, a word or a pattern."""
+        settings = (
+            (name, value)
+            for name, value in vars(self).items()
+            if isinstance(value, (int, str, tuple, Pattern)) and name[0] != "_" and name != "training"
+        )
+        return (("", type(self).__name__), ("batch", batch), *settings)
+
+    def check_state(self, state: Any, kind: type[Any], batch: int) -> None:
+        """Raise unless `state` is a `kind` that began with a mechanism like this one, for so many sequences.
+
+        One that was made by hand, without an owner, has nothing but its shapes to be checked by.
+        """
+        if not isinstance(state, kind):
+            raise TypeError(
+                f"state must be what {type(self).__name__}.initial_state gives, a {kind.__name__}, "
+                f"got {type(state).__name__}"
+            )
+        if not state.owner or torch.compiler.is_compiling():
+            return
+        if state.owner != (mine := self.owner(batch)):
+            raise ValueError(f"state belongs to another model or batch: {difference(state.owner, mine)}")
 
     def check(self, x: Tensor, context: Tensor | None = None) -> None:
         """Raise unless `x` is `(B, N, dim)` and `context`, if any, `(B, M, dim)`, both non-empty."""
@@ -48,6 +77,14 @@ class Mechanism(nn.Module):
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{type(self).__name__} takes no {name}, got {type(value).__name__}")
+
+
+def difference(theirs: Owner, ours: Owner) -> str:
+    """In words, how the owner of a state differs from the mechanism that was given it."""
+    if theirs[0] != ours[0]:
+        return f"to {theirs[0][1]}, not to {ours[0][1]}"
+    others = dict(theirs)
+    return ", ".join(f"{name} = {others.get(name)}, not {own}" for name, own in ours if others.get(name) != own)
 
 
 def check_heads(dim: int, heads: int, kv_heads: int | None = None, head_dim: int | None = None) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from attnlab.problem import Bias
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT | EXACT,
         cost="N²",
         growth=2.0,
+        state="2 * kv_heads * head_dim * N",
         sample=dict(heads=4, kv_heads=2),
         limit=lambda dim, grid: MultiHead(dim, heads=4),
     )
@@ -115,7 +116,7 @@ class MultiHead(Mechanism):
         """An empty cache. Its size is 2·Hkv·D numbers per token."""
         if not self.causal:
             raise ValueError("streaming needs causal=True")
-        return KVCache()
+        return KVCache(owner=self.owner(batch))
 
     def where(self, given: Pattern | None, offset: int, queries: int) -> Pattern | None:
         """Where the queries of one call look: what the caller gave, and what this mechanism is about."""
@@ -166,6 +167,7 @@ class MultiHead(Mechanism):
         offset = 0
         if state is not None:
             self.refuse(context=context)
+            self.check_state(state, KVCache, len(x))
             offset = state.length
         where = self.where(pattern, offset, x.shape[1])
         q, k, v = self.project(x, context, offset, grid=grid if self.on_grid else None)

@@ -52,7 +52,7 @@ def test_the_state_does_not_grow():
     state, sizes = m.initial_state(2, dtype=torch.float64), set()
     for n in (1, 40, 3):
         _, state = m(torch.randn(2, n, DIM, dtype=torch.float64), state=state)
-        sizes.add(tuple(state.shape))
+        sizes.add(tuple(state.sums.shape))
     assert sizes == {(2, HEADS, 4, 5)}
 
 

@@ -121,6 +121,9 @@ def test_bad_arguments_are_named(keywords: dict, words: str):
 
 def test_the_state_of_another_batch_or_length_of_chunk_is_refused():
     m = make()
-    for state, words in ((m.initial_state(3), "or batch"), (make(chunk=7).initial_state(2), "chunks of 7 tokens")):
+    for state, words in (
+        (m.initial_state(3), "batch = 3, not 2"),
+        (make(chunk=7).initial_state(2), "chunk = 7, not 4"),
+    ):
         with pytest.raises(ValueError, match=words):
             m(tokens(), state=state)

@@ -163,9 +163,9 @@ def test_pieces_end_where_chunks_end(place: int, length: int):
 def test_the_state_of_another_memory_batch_or_length_of_chunk_is_refused():
     m = make()
     cases = [
-        (m.initial_state(3), "another memory or batch"),
+        (m.initial_state(3), "batch = 3, not 2"),
         (make(expansion=3.0).initial_state(2), "another memory or batch"),
-        (make(chunk=7).initial_state(2), "chunks of 7 tokens"),
+        (make(chunk=7).initial_state(2), "chunk = 7, not"),
     ]
     for state, words in cases:
         with pytest.raises(ValueError, match=words):

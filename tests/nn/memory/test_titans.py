@@ -144,6 +144,6 @@ def test_positions_and_segments_that_do_not_fit_are_named():
         make(MemoryAsContext, segment=0)
     m = make(MemoryAsContext)
     other = make(MemoryAsContext, segment=6)
-    for state, words in ((m.initial_state(3), "or batch"), (other.initial_state(2), "segments of 6 tokens")):
+    for state, words in ((m.initial_state(3), "batch = 3, not 2"), (other.initial_state(2), "segment = 6, not")):
         with pytest.raises(ValueError, match=words):
             m(tokens(), state=state)

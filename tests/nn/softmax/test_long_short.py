@@ -90,7 +90,7 @@ def test_decodes_in_pieces_with_only_a_span_of_keys_for_local_heads(pieces: list
             y, state = m(piece, state=state)
             out.append(y)
     torch.testing.assert_close(torch.cat(out, 1), m(x))
-    local, everywhere = state
+    local, everywhere = state.caches
     assert local.bytes() == 2 * 2 * (HEADS - 1) * 3 * (DIM // HEADS) * 8
     assert everywhere.length == 11
 

@@ -139,7 +139,7 @@ def test_errors_name_what_is_wrong() -> None:
         m(tokens(3), memory=torch.randn(2, 3, DIM + 1, dtype=torch.float64))
     with pytest.raises(ValueError, match="takes no memory"):
         m(tokens(3), memory=tokens(3), state=m.initial_state(2))
-    with pytest.raises(TypeError, match="state must be a ConvolvedCache"):
+    with pytest.raises(TypeError, match="a ConvolvedCache, got KVCache"):
         m(tokens(3), state=KVCache())
 
 

@@ -44,6 +44,7 @@ class NoMixing(nn.Module):
         kind=LM,
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N², or N in layers that are mlp, approximate or non_approximate",
+        state="layers + (0 if beside is None else len(blocks) * length * dim)",
         sample=dict(vocabulary=40, dim=24, depth=4, heads=2, variant="random_maps", layout="hybrid", length=64),
     )
 )

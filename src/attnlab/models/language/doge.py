@@ -109,6 +109,7 @@ SIZES = {
         kind=LM,
         capabilities=CAUSAL_SELF | ANY_LENGTH | STREAMING,
         cost="N·w",
+        state="layers",
         sample=dict(vocabulary=64, dim=32, depth=2, heads=4, kv_heads=2, hidden=48, keep=5, tied=False),
         sizes=SIZES,
     )

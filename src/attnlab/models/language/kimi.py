@@ -33,6 +33,7 @@ SIZES = {
         kind=LM,
         capabilities=CAUSAL_SELF | ANY_LENGTH | STREAMING,
         cost="N²",
+        state="layers",
         sample=dict(
             vocabulary=64, dim=32, depth=4, heads=2, head_dim=8, hidden=48, experts=4, active=2, expert_hidden=16,
             rank=8, shared_dim=4,

@@ -45,6 +45,7 @@ SIZES = {
         capabilities=CAUSAL_SELF | ANY_LENGTH | STREAMING,
         cost="N²",
         growth=None,
+        state="layers",
         sample=dict(vocabulary=64, dim=32, depth=2, heads=4, kv_heads=2, hidden=64),
         sizes=SIZES,
     )

@@ -34,6 +34,7 @@ SIZES = {
         kind=LM,
         capabilities=CAUSAL_SELF | ANY_LENGTH | STREAMING,
         cost="N",
+        state="layers",
         sample=dict(vocabulary=64, dim=32, depth=2, mixer="mamba2", states=8, head_dim=16),
         sizes=SIZES,
     )

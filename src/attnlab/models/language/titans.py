@@ -31,6 +31,7 @@ SIZES = {
         kind=LM,
         capabilities=CAUSAL_SELF | ANY_LENGTH | STREAMING,
         cost="N w",
+        state="layers",
         sample=dict(vocabulary=64, dim=32, depth=2, heads=2, hidden=64, options=dict(window=5, memory=dict(chunk=6))),
         sizes=SIZES,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from attnlab import cards
-from attnlab.nn.mechanism import check_heads
+from attnlab.nn.mechanism import Mechanism, check_heads, difference
 from attnlab.positions import ALiBi, Learned, Position, Rotary, Scaling
 
 # A name, a name with keywords of its own, or a function of the layer's index.
@@ -58,13 +58,20 @@ class DecoderBlock(nn.Module):
 class DecoderState:
     """What a decoder remembers of the tokens so far, layer by layer. It is written in place; `clone` branches it."""
 
-    model: str
+    model: tuple[Any, ...]
     batch: int
     length: int
     layers: list[Any]
 
     def clone(self) -> DecoderState:
         return DecoderState(self.model, self.batch, self.length, [_clone(layer) for layer in self.layers])
+
+
+def _first_difference(theirs: tuple[Any, ...], ours: tuple[Any, ...]) -> str:
+    if theirs[:4] != ours[:4]:
+        return f"{theirs[:4]}, not {ours[:4]}"
+    layer = next(i for i, (a, b) in enumerate(zip(theirs[4:], ours[4:], strict=True)) if a != b)
+    return f"in layer {layer}, {difference(theirs[4 + layer], ours[4 + layer])}"
 
 
 def _clone(state: Any) -> Any:
@@ -192,8 +199,10 @@ class Decoder(nn.Module):
             raise TypeError(f"ids must be integers, got {ids.dtype}")
         offset = 0
         if state is not None:
-            if state.model != self._signature:
-                raise ValueError(f"state belongs to another model: {state.model}, not {self._signature}")
+            if not isinstance(state, DecoderState):
+                raise TypeError(f"state must be what initial_state gives, a DecoderState, got {type(state).__name__}")
+            if state.model != (mine := self._signature):
+                raise ValueError(f"state belongs to another model: {_first_difference(state.model, mine)}")
             if state.batch != len(ids):
                 raise ValueError(f"state belongs to a batch of {state.batch}, got ids of {len(ids)}")
             offset = state.length
@@ -202,9 +211,12 @@ class Decoder(nn.Module):
         return offset
 
     @property
-    def _signature(self) -> str:
-        mixers = ", ".join(type(block.mixer).__name__ for block in self.blocks)
-        return f"vocabulary {self.vocabulary}, dim {self.dim}, layers [{mixers}]"
+    def _signature(self) -> tuple[Any, ...]:
+        """What a state of this model is known by."""
+        shape = (("vocabulary", self.vocabulary), ("dim", self.dim), ("depth", len(self.blocks)))
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        owners = (m.owner(0) if isinstance(m, Mechanism) else (("", type(m).__name__),) for m in mixers)
+        return (type(self).__name__, *shape, *owners)
 
     def initial_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -169,6 +169,7 @@ class GraphRouter(nn.Module):
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | ANY_LENGTH | PERMUTATION_EQUIVARIANT | STREAMING,
         cost="N²",
         growth=2.0,
+        state="(dim + len(router.gate.bias)) * N",
         sample=dict(experts=4, active=2, hidden=8),
         compiles="how many tokens each expert gets is read from data",
         exports="how many tokens each expert gets is read from data",
@@ -222,7 +223,7 @@ class GraphMoE(Mechanism):
         """The tokens so far and their own decisions: C + E numbers per token."""
         if not self.causal or self.router.aware == "attention":
             raise ValueError("streaming needs causal=True, and another awareness than 'attention'")
-        return KVCache()
+        return KVCache(owner=self.owner(batch))
 
     def forward(
         self,
@@ -236,6 +237,8 @@ class GraphMoE(Mechanism):
     ) -> Any:
         self.check(x, context)
         self.refuse(context=context)
+        if state is not None:
+            self.check_state(state, KVCache, len(x))
         decision = self.router(x, attention=attention, pattern=pattern, state=state)
         pairs = (part.flatten(0, 1) for part in (decision.weights.to(x.dtype), decision.picked))
         y = self.experts(x.flatten(0, 1), *pairs).view_as(x)

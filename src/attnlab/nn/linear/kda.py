@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import Owner
 from attnlab.nn.linear.short_conv import ShortConv
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, split_heads
 from attnlab.patterns import Pattern
@@ -21,6 +22,7 @@ class KDAState(NamedTuple):
 
     inputs: Tensor | None
     memory: Tensor
+    owner: Owner = ()
 
 
 def log_decay(f: Tensor, a_log: Tensor, bias: Tensor | None, lower_bound: float | None = None) -> Tensor:
@@ -51,6 +53,7 @@ def unit(x: Tensor) -> Tensor:
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N",
         growth=1.0,
+        state="heads * head_dim * value_dim + (taps - 1) * sum(widths)",
         sample=dict(heads=4),
     )
 )
@@ -77,6 +80,8 @@ class KimiDeltaAttention(Mechanism):
         lower_bound: the bounded decay g = lower_bound · σ(e^A · (Wd₂ Wd₁ x + b)); the authors advise −5.
     """
 
+    causal_only = "its state runs along the tokens"
+
     def __init__(
         self,
         dim: int,
@@ -95,8 +100,6 @@ class KimiDeltaAttention(Mechanism):
         causal: bool = True,
     ) -> None:
         super().__init__(dim, causal=causal)
-        if not causal:
-            raise ValueError("KimiDeltaAttention is causal only: its state runs along the tokens; got causal=False")
         if lower_bound is not None and lower_bound >= 0:
             raise ValueError(f"lower_bound bounds a logarithm below 0, got {lower_bound}")
         if key_heads is not None and (key_heads < 1 or heads % key_heads):
@@ -108,7 +111,7 @@ class KimiDeltaAttention(Mechanism):
         self.beta_scale = 2.0 if negative_eigenvalues else 1.0
         rank = rank or self.value_dim
         keys, values = self.key_heads * self.head_dim, heads * self.value_dim
-        self.widths = [keys, keys, values]
+        self.widths, self.taps = [keys, keys, values], conv or 1
         self.wqkv = nn.Linear(dim, 2 * keys + values, bias=False)
         self.conv = None if conv is None else ShortConv(2 * keys + values, conv, bias=conv_bias)
         self.wbeta = nn.Linear(dim, heads, bias=False)
@@ -130,9 +133,8 @@ class KimiDeltaAttention(Mechanism):
             batch, self.heads, self.head_dim, self.value_dim, device=device,
             dtype=torch.promote_types(dtype, torch.float32),
         )  # fmt: skip
-        return KDAState(
-            None if self.conv is None else self.conv.initial_state(batch, device=device, dtype=dtype), memory
-        )
+        past = None if self.conv is None else self.conv.initial_state(batch, device=device, dtype=dtype)
+        return KDAState(past, memory, self.owner(batch))
 
     def forward(
         self,
@@ -145,7 +147,10 @@ class KimiDeltaAttention(Mechanism):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        past, memory = (None, None) if state is None else state
+        past, memory = None, None
+        if state is not None:
+            self.check_state(state, KDAState, len(x))
+            past, memory = state.inputs, state.memory
         mixed = self.wqkv(x)
         if self.conv is not None:
             mixed, past = self.conv(mixed, past)
@@ -158,4 +163,4 @@ class KimiDeltaAttention(Mechanism):
             state=memory,
         )  # fmt: skip
         y = self.wo(join_heads(self.norm(o)) * self.gate(x).sigmoid())
-        return y if state is None else (y, KDAState(past, memory))
+        return y if state is None else (y, KDAState(past, memory, state.owner))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import elu, pad
 
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import Owner
 from attnlab.nn.mechanism import join_heads
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern
 from attnlab.scan import scan
+
+
+class Sums(NamedTuple):
+    """The sums over all keys so far, `(B, H, D, D + 1)`."""
+
+    sums: Tensor
+    owner: Owner
 
 
 @register(
@@ -25,6 +33,7 @@ from attnlab.scan import scan
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
         cost="N",
         growth=1.0,
+        state="heads * head_dim * (head_dim + 1)",
         sample=dict(heads=4),
     )
 )
@@ -45,12 +54,12 @@ class LinearAttention(MultiHead):
 
     def initial_state(  # type: ignore[override]
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    ) -> Sums:
         if not self.causal:
             raise ValueError("streaming needs causal=True")
         dtype = torch.promote_types(dtype or self.wqkv.weight.dtype, torch.float32)
         shape = (batch, self.heads, self.head_dim, self.head_dim + 1)
-        return torch.zeros(shape, device=device or self.wqkv.weight.device, dtype=dtype)
+        return Sums(torch.zeros(shape, device=device or self.wqkv.weight.device, dtype=dtype), self.owner(batch))
 
     def forward(
         self,
@@ -67,17 +76,18 @@ class LinearAttention(MultiHead):
             self.refuse(context=context)
             if not self.causal:
                 raise ValueError("streaming needs causal=True")
+            self.check_state(state, Sums, len(x))
         q, k, v = self.project(x, context)
         q, k = elu(q) + 1, elu(k) + 1
         v = pad(v, (0, 1), value=1.0)  # one more channel, which sums the weights
         if self.causal:
             missing = q.shape[2] - k.shape[2]  # query i sees the context up to i: cut it, or go on with nothing
             k, v = (pad(t, (0, 0, 0, missing)) for t in (k, v)) if missing else (k, v)
-            sums, state_after = scan(q, k, v, state=state)
+            sums, after = scan(q, k, v, state=None if state is None else state.sums)
         else:
             sums = q @ (k.mT @ v)
         y = self.wo(join_heads(sums[..., :-1] / (sums[..., -1:] + 1e-6)))
-        return y if state is None else (y, state_after)
+        return y if state is None else (y, Sums(after, state.owner))
 
     def weights(self, x: Tensor, context: Tensor | None = None, **keywords: Any) -> Tensor:
         """The weights `(B, H, N, M)` with which values are mixed: to look at, quadratic in N."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,19 @@ from attnlab.cards import (
     Card,
     register,
 )
+from attnlab.nn.cache import Owner
 from attnlab.nn.mechanism import join_heads
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern
 from attnlab.scan import scan
+
+
+class Means(NamedTuple):
+    """The sums `(B, H, 1, D + 1)` over all keys so far, relative to the largest score `top (B, H, 1)` of them."""
+
+    sums: Tensor
+    top: Tensor
+    owner: Owner
 
 
 @register(
@@ -34,6 +43,7 @@ from attnlab.scan import scan
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
         cost="N",
         growth=1.0,
+        state="heads * (head_dim + 2)",
         sample=dict(heads=4),
     )
 )
@@ -54,13 +64,13 @@ class RunningMean(MultiHead):
 
     def initial_state(  # type: ignore[override]
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The sums `(B, H, 1, D + 1)` and the largest score `(B, H, 1)` so far."""
+    ) -> Means:
         super().initial_state(batch, device=device, dtype=dtype)
         weight = self.wqkv.weight
         dtype, device = torch.promote_types(dtype or weight.dtype, torch.float32), device or weight.device
         sums = torch.zeros(batch, self.heads, 1, self.head_dim + 1, dtype=dtype, device=device)
-        return sums, torch.full((batch, self.heads, 1), -torch.inf, dtype=dtype, device=device)
+        top = torch.full((batch, self.heads, 1), -torch.inf, dtype=dtype, device=device)
+        return Means(sums, top, self.owner(batch))
 
     def forward(
         self,
@@ -73,14 +83,14 @@ class RunningMean(MultiHead):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        if state is not None and not self.causal:
-            raise ValueError("streaming needs causal=True")
+        if state is not None:
+            self.check_state(state, Means, len(x))
         q, k, v = self.project(x)
         scores = (silu(q) * k).sum(-1) * self.head_dim**-0.5  # (B, H, N)
         if not self.causal:
             mean = (scores.softmax(-1).unsqueeze(2) @ v).expand_as(v)
             return self.wo(join_heads(mean))
-        sums, top = (None, scores[..., :1].detach()) if state is None else state
+        sums, top = (None, scores[..., :1].detach()) if state is None else state[:2]
         scores = scores.to(top.dtype)
         # The sums are kept relative to the largest score so far, which rises: each rise is a decay of the past.
         tops = torch.cat((top, scores.detach()), -1).cummax(-1).values
@@ -89,4 +99,4 @@ class RunningMean(MultiHead):
         values = pad(v, (0, 1), value=1.0).to(top.dtype)
         totals, last = scan(torch.ones_like(keys), keys, values, decay=decay, state=sums)
         y = self.wo(join_heads((totals[..., :-1] / totals[..., -1:]).to(x.dtype)))
-        return y if state is None else (y, (last, tops[..., -1:]))
+        return y if state is None else (y, Means(last, tops[..., -1:], state.owner))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu, softplus
 
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import Owner
 from attnlab.nn.linear.short_conv import ShortConv
 from attnlab.nn.mechanism import Mechanism, join_heads, split_heads
 from attnlab.patterns import Pattern
@@ -23,6 +24,7 @@ class SelectiveState(NamedTuple):
 
     inputs: Tensor
     memory: Tensor
+    owner: Owner = ()
 
 
 def first_steps(count: int, shortest: float = 1e-3, longest: float = 0.1) -> Tensor:
@@ -40,11 +42,10 @@ class Selective(Mechanism):
 
     a_log: nn.Parameter
     steps: int  # how many steps Δ each token has
+    causal_only = "its state runs along the tokens"
 
     def __init__(self, dim: int, *, expand: int, states: int, causal: bool) -> None:
         super().__init__(dim, causal=causal)
-        if not causal:
-            raise ValueError(f"{type(self).__name__} is causal only: its state runs along the tokens; got causal=False")
         for name, value in (("expand", expand), ("states", states)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -54,13 +55,6 @@ class Selective(Mechanism):
     def rates(self) -> Tensor:
         """a = −e^a_log < 0, in at least float32: `(channels, states)`, or `(heads,)`."""
         return -self.a_log.to(torch.promote_types(self.a_log.dtype, torch.float32)).exp()
-
-    def _check_state(self, state: SelectiveState | None, batch: int, memory: tuple[int, ...]) -> None:
-        if state is not None and state.memory.shape != (batch, *memory):
-            have = tuple(state.memory.shape)
-            raise ValueError(
-                f"state has a memory of shape {have}, wanted {(batch, *memory)}: of another layer or batch"
-            )
 
     def _steps(self, raw: Tensor) -> Tensor:
         """Δ = softplus(raw), filtered: `(B, N, channels)` in at least float32."""
@@ -78,6 +72,7 @@ class Selective(Mechanism):
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N",
         growth=1.0,
+        state="inner * (states + conv.taps - 1)",
         sample=dict(states=8),
     )
 )
@@ -132,7 +127,7 @@ class Mamba(Selective):
         device, dtype = device or self.wo.weight.device, dtype or self.wo.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         memory = torch.zeros(batch, self.inner, self.states, device=device, dtype=wide)
-        return SelectiveState(self.conv.initial_state(batch, device=device, dtype=dtype), memory)
+        return SelectiveState(self.conv.initial_state(batch, device=device, dtype=dtype), memory, self.owner(batch))
 
     def forward(
         self,
@@ -145,8 +140,10 @@ class Mamba(Selective):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        self._check_state(state, len(x), (self.inner, self.states))
-        past, memory = (None, None) if state is None else state
+        past, memory = None, None
+        if state is not None:
+            self.check_state(state, SelectiveState, len(x))
+            past, memory = state.inputs, state.memory
         values, gate = self.wi(x).chunk(2, -1)
         values, past = self.conv(values, past)
         values = silu(values)
@@ -155,7 +152,7 @@ class Mamba(Selective):
             values, self._steps(self.wdelta(low)), self.rates(), b, c, skip=self.skip, state=memory
         )
         y = self.wo(y * silu(gate))
-        return y if state is None else (y, SelectiveState(past, memory))
+        return y if state is None else (y, SelectiveState(past, memory, state.owner))
 
 
 @register(
@@ -169,6 +166,7 @@ class Mamba(Selective):
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N",
         growth=1.0,
+        state="inner * states + (conv.taps - 1) * sum(widths)",
         sample=dict(head_dim=16, states=8, groups=2),
     )
 )
@@ -228,7 +226,7 @@ class Mamba2(Selective):
         device, dtype = device or self.wo.weight.device, dtype or self.wo.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         memory = torch.zeros(batch, self.heads, self.states, self.head_dim, device=device, dtype=wide)
-        return SelectiveState(self.conv.initial_state(batch, device=device, dtype=dtype), memory)
+        return SelectiveState(self.conv.initial_state(batch, device=device, dtype=dtype), memory, self.owner(batch))
 
     def forward(
         self,
@@ -241,8 +239,10 @@ class Mamba2(Selective):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        self._check_state(state, len(x), (self.heads, self.states, self.head_dim))
-        past, memory = (None, None) if state is None else state
+        past, memory = None, None
+        if state is not None:
+            self.check_state(state, SelectiveState, len(x))
+            past, memory = state.inputs, state.memory
         gate, mixed, raw = self.wi(x).split([self.inner, sum(self.widths), self.heads], -1)
         mixed, past = self.conv(mixed, past)
         values, b, c = silu(mixed).split(self.widths, -1)
@@ -256,4 +256,4 @@ class Mamba2(Selective):
         parts = y.unflatten(-1, (self.groups, -1))
         y = nn.functional.rms_norm(parts, parts.shape[-1:], eps=self.norm_eps).flatten(-2)
         y = linear(y * self.norm, self.wo.weight, self.wo.bias)
-        return y if state is None else (y, SelectiveState(past, memory))
+        return y if state is None else (y, SelectiveState(past, memory, state.owner))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad, rms_norm
 
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import Owner
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, split_heads
 from attnlab.nn.memory.deep import DeepMemory, Weights, course
 from attnlab.patterns import Pattern
@@ -25,7 +26,7 @@ class ChunkMemoryState(NamedTuple):
     weights: Weights
     momentum: Weights
     pending: Tensor  # (B, fewer than chunk, C)
-    chunk: int
+    owner: Owner
 
 
 @register(
@@ -39,6 +40,7 @@ class ChunkMemoryState(NamedTuple):
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N",
         growth=1.0,
+        state="2 * memory.numbers + N % chunk * dim",
         sample=dict(heads=4, chunk=5),
     )
 )
@@ -65,6 +67,8 @@ class ChunkMemory(Mechanism):
         qk_norm, out_norm: RMSNorm per head of q and k, and of what M says.
     """
 
+    causal_only = "its state runs along the tokens"
+
     def __init__(
         self,
         dim: int,
@@ -82,8 +86,6 @@ class ChunkMemory(Mechanism):
         causal: bool = True,
     ) -> None:
         super().__init__(dim, causal=causal)
-        if not causal:
-            raise ValueError("ChunkMemory is causal only: its state runs along the tokens; got causal=False")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         if max_rate < 0:
@@ -114,7 +116,7 @@ class ChunkMemory(Mechanism):
         device, dtype = device or self.wq.weight.device, dtype or self.wq.weight.dtype
         weights = self.memory.initial(batch, torch.promote_types(dtype, torch.float32), device)
         pending = torch.zeros(batch, 0, self.dim, device=device, dtype=dtype)
-        return ChunkMemoryState(weights, tuple(map(torch.zeros_like, weights)), pending, self.chunk)
+        return ChunkMemoryState(weights, tuple(map(torch.zeros_like, weights)), pending, self.owner(batch))
 
     def forward(
         self,
@@ -127,10 +129,10 @@ class ChunkMemory(Mechanism):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        weights, momentum, pending, chunk = state or self.initial_state(len(x), dtype=x.dtype)
+        before = self.initial_state(len(x), dtype=x.dtype) if state is None else state
+        self.check_state(before, ChunkMemoryState, len(x))
+        weights, momentum, pending, owner = before
         self.memory.check(weights, len(x))
-        if chunk != self.chunk:
-            raise ValueError(f"state is from chunks of {chunk} tokens, but those of this memory have {self.chunk}")
         seen = torch.cat([pending, x], 1) if pending.shape[1] else x
         whole = seen.shape[1] // self.chunk * self.chunk
         read = self.read_norm(seen)
@@ -156,7 +158,7 @@ class ChunkMemory(Mechanism):
         if self.gate is not None:
             o = o * self.gate(read[:, new]).sigmoid().transpose(1, 2).unsqueeze(-1)
         y = join_heads(o) if self.wo is None else self.wo(join_heads(o))
-        return y if state is None else (y, ChunkMemoryState(weights, momentum, seen[:, whole:], chunk))
+        return y if state is None else (y, ChunkMemoryState(weights, momentum, seen[:, whole:], owner))
 
     def _by_weights(self, q: Tensor, x: Tensor, weights: Weights, momentum: Weights) -> tuple[Tensor, Weights, Weights]:
         """Write the whole chunks x and read at all of q, each token with the weights of the last chunk whole at it."""

@@ -77,6 +77,11 @@ class DeepMemory(nn.Module):
         every = [*self.matrices] if self.gain is None else [*self.matrices, self.gain]
         return tuple(w.to(device=device, dtype=dtype).expand(batch, *w.shape) for w in every)
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers one sequence's weights are."""
+        return sum(w.numel() for w in self.parameters())
+
     def check(self, weights: Weights, batch: int) -> None:
         """Raise unless `weights` of a state are those of this memory, for so many sequences."""
         wanted = [(batch, *w.shape) for w in self.parameters()]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import Owner
 from attnlab.nn.linear.kda import unit
 from attnlab.nn.linear.short_conv import ShortConv
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, split_heads
@@ -26,6 +27,7 @@ class MemoryState(NamedTuple):
     place: int  # and how many of its tokens have been read
     past_q: Tensor | None  # the last inputs of the convolutions
     past_kv: Tensor | None
+    owner: Owner
 
 
 def pieces(place: int, length: int, chunk: int) -> list[int]:
@@ -46,6 +48,7 @@ def pieces(place: int, length: int, chunk: int) -> list[int]:
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N",
         growth=1.0,
+        state="3 * memory.numbers + 3 * (taps - 1) * heads * head_dim",
         sample=dict(heads=4, chunk=13),
     )
 )
@@ -72,6 +75,8 @@ class NeuralMemory(Mechanism):
         conv: taps of the short convolutions after the projections; None for none.
     """
 
+    causal_only = "its state runs along the tokens"
+
     def __init__(
         self,
         dim: int,
@@ -89,15 +94,13 @@ class NeuralMemory(Mechanism):
         causal: bool = True,
     ) -> None:
         super().__init__(dim, causal=causal)
-        if not causal:
-            raise ValueError("NeuralMemory is causal only: its state runs along the tokens; got causal=False")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         if max_rate is not None and max_rate < 0:
             raise ValueError(f"max_rate must be 0 or more, got {max_rate}")
         self.heads, self.head_dim = heads, check_heads(dim, heads, None, head_dim)[1]
         self.chunk, self.max_rate, self.momentum = chunk, 1 / chunk if max_rate is None else max_rate, momentum
-        inner = heads * self.head_dim
+        inner, self.taps = heads * self.head_dim, conv or 1
         self.wq = nn.Linear(dim, inner, bias=False)
         self.wkv = nn.Linear(dim, 2 * inner, bias=False)
         self.conv_q = None if conv is None else ShortConv(inner, conv)
@@ -116,11 +119,12 @@ class NeuralMemory(Mechanism):
     ) -> MemoryState:
         device, dtype = device or self.wo.weight.device, dtype or self.wo.weight.dtype
         weights = self.memory.initial(batch, torch.promote_types(dtype, torch.float32), device)
-        past = [
+        past_q, past_kv = (
             None if c is None else c.initial_state(batch, device=device, dtype=dtype)
             for c in (self.conv_q, self.conv_kv)
-        ]
-        return MemoryState(weights, tuple(map(torch.zeros_like, weights)), weights, self.chunk, 0, *past)
+        )
+        momentum = tuple(map(torch.zeros_like, weights))
+        return MemoryState(weights, momentum, weights, self.chunk, 0, past_q, past_kv, self.owner(batch))
 
     def queries(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """q `(B, H, N, D)` in at least float32, and the convolution's last inputs."""
@@ -148,10 +152,10 @@ class NeuralMemory(Mechanism):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        weights, momentum, anchor, chunk, place, past_q, past_kv = state or self.initial_state(len(x), dtype=x.dtype)
+        before = self.initial_state(len(x), dtype=x.dtype) if state is None else state
+        self.check_state(before, MemoryState, len(x))
+        weights, momentum, anchor, chunk, place, past_q, past_kv, owner = before
         self.memory.check(weights, len(x))
-        if chunk != self.chunk:
-            raise ValueError(f"state is from chunks of {chunk} tokens, but those of this memory have {self.chunk}")
         q, past_q = self.queries(x, past_q)
         kv = self.wkv(x)
         if self.conv_kv is not None:
@@ -169,7 +173,7 @@ class NeuralMemory(Mechanism):
             place = (place + size) % self.chunk
             anchor = anchor if place else weights
         y = self._say(torch.cat(out, 2), x)
-        return y if state is None else (y, MemoryState(weights, momentum, anchor, chunk, place, past_q, past_kv))
+        return y if state is None else (y, MemoryState(weights, momentum, anchor, chunk, place, past_q, past_kv, owner))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, STREAMING, TOKENS, Card, register
-from attnlab.nn.cache import RollingCache
+from attnlab.nn.cache import Owner, RollingCache
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, split_heads
 from attnlab.nn.memory.deep import Weights
 from attnlab.nn.memory.neural_memory import MemoryState, NeuralMemory, pieces
@@ -21,7 +21,7 @@ from attnlab.patterns import Pattern
 from attnlab.positions import Position
 
 
-def _card(name: str, **sample: Any) -> Card:
+def _card(name: str, state: str, **sample: Any) -> Card:
     return Card(
         name=name,
         title="Titans: Learning to Memorize at Test Time",
@@ -32,12 +32,24 @@ def _card(name: str, **sample: Any) -> Card:
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N w",
         growth=1.0,
+        state=state,
         sample=dict(heads=4, persistent=3, memory=dict(chunk=13), **sample),
     )
 
 
+_MEMORY = "3 * memory.memory.numbers + 3 * (memory.taps - 1) * memory.heads * memory.head_dim"
+_WINDOWED = f"2 * (attention.window + len(persistent)) * heads * head_dim + {_MEMORY}"
+# Beside the keys and values of the segment so far: the weights it began with, and the inputs of their convolution.
+_SEGMENTED = (
+    f"2 * heads * head_dim * (len(persistent) + 2 * ((N - 1) % segment + 1)) + {_MEMORY}"
+    " + memory.memory.numbers + (memory.taps - 1) * memory.heads * memory.head_dim"
+)
+
+
 class _Titan(Mechanism):
     """What the three share: the persistent tokens, the memory, and the gate y ⊗ m = RMSNorm(y) ⊙ σ(RMSNorm(m))."""
+
+    causal_only = "its memory runs along the tokens"
 
     def __init__(
         self,
@@ -51,8 +63,6 @@ class _Titan(Mechanism):
         gated: bool,
     ) -> None:
         super().__init__(dim, causal=causal)
-        if not causal:
-            raise ValueError(f"{type(self).__name__} is causal only: its memory runs along the tokens")
         if persistent < 0:
             raise ValueError(f"persistent must be 0 or more, got {persistent}")
         self.heads, self.head_dim = heads, check_heads(dim, heads, None, head_dim)[1]
@@ -74,6 +84,7 @@ class WindowState(NamedTuple):
 
     near: RollingCache
     memory: MemoryState
+    owner: Owner
 
 
 class _Windowed(_Titan):
@@ -104,7 +115,8 @@ class _Windowed(_Titan):
     ) -> WindowState:
         """The state after the persistent tokens."""
         near = self.attention.initial_state(batch, device=device, dtype=dtype)
-        state = WindowState(near, self.memory.initial_state(batch, device=device, dtype=dtype))
+        memory = self.memory.initial_state(batch, device=device, dtype=dtype)
+        state = WindowState(near, memory, self.owner(batch))
         first = self.persistent.to(device=device, dtype=dtype).expand(batch, -1, -1)
         return self.mix(first, state)[1] if len(self.persistent) else state
 
@@ -123,11 +135,12 @@ class _Windowed(_Titan):
         self.check(x)
         self.refuse(context=context, pattern=pattern)
         if state is not None:
+            self.check_state(state, WindowState, len(x))
             return self.mix(x, state)
         return self.mix(self.with_persistent(x), None)[0][:, len(self.persistent) :]
 
 
-@register(_card("titans_mag", window=7))
+@register(_card("titans_mag", _WINDOWED, window=7))
 class MemoryAsGate(_Windowed):
     """A window of exact attention, gated by a neural memory of everything before (Titans' MAG).
 
@@ -148,10 +161,10 @@ class MemoryAsGate(_Windowed):
             return self.gate(self.attention(x), self.memory(x)), None
         near, cache = self.attention(x, state=state.near)
         far, memory = self.memory(x, state=state.memory)
-        return self.gate(near, far), WindowState(cache, memory)
+        return self.gate(near, far), WindowState(cache, memory, state.owner)
 
 
-@register(_card("titans_mal", window=7))
+@register(_card("titans_mal", _WINDOWED, window=7))
 class MemoryAsLayer(_Windowed):
     """A neural memory, and a window of exact attention over what it says (Titans' MAL).
 
@@ -166,7 +179,7 @@ class MemoryAsLayer(_Windowed):
             return self.attention(self.memory(x)), None
         said, memory = self.memory(x, state=state.memory)
         y, cache = self.attention(said, state=state.near)
-        return y, WindowState(cache, memory)
+        return y, WindowState(cache, memory, state.owner)
 
 
 @dataclass(frozen=True)
@@ -188,10 +201,10 @@ class ContextState(NamedTuple):
     keys: Tensor  # (B, H, persistent + 2 · tokens of the segment, D)
     values: Tensor
     length: int
-    segment: int
+    owner: Owner
 
 
-@register(_card("titans_mac", segment=16))
+@register(_card("titans_mac", _SEGMENTED, segment=16))
 class MemoryAsContext(_Titan):
     """Attention within segments that also reads what a neural memory says of earlier ones (Titans' MAC).
 
@@ -239,7 +252,7 @@ class MemoryAsContext(_Titan):
     ) -> ContextState:
         memory = self.memory.initial_state(batch, device=device, dtype=dtype)
         keys, values = self._pair(self.persistent.to(device=device, dtype=dtype).expand(batch, -1, -1))
-        return ContextState(memory, memory.weights, memory.past_q, keys, values, 0, self.segment)
+        return ContextState(memory, memory.weights, memory.past_q, keys, values, 0, self.owner(batch))
 
     def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, v = linear(x, self.wkv.weight).chunk(2, -1)
@@ -257,10 +270,10 @@ class MemoryAsContext(_Titan):
         self.check(x)
         self.refuse(context=context, pattern=pattern)
         first = len(self.persistent)
-        memory, snapshot, past, keys, values, length, segment = state or self.initial_state(len(x), dtype=x.dtype)
+        before = self.initial_state(len(x), dtype=x.dtype) if state is None else state
+        self.check_state(before, ContextState, len(x))
+        memory, snapshot, past, keys, values, length, owner = before
         self.memory.memory.check(snapshot, len(x))
-        if segment != self.segment:
-            raise ValueError(f"state is from segments of {segment} tokens, but these have {self.segment}")
         sizes, out = pieces(length % self.segment, x.shape[1], self.segment), []
         for size, x_ in zip(sizes, x.split(sizes, 1), strict=True):
             place = length % self.segment
@@ -279,4 +292,4 @@ class MemoryAsContext(_Titan):
             out.append(self.gate(y, m))
             length += size
         y = torch.cat(out, 1)
-        return y if state is None else (y, ContextState(memory, snapshot, past, keys, values, length, segment))
+        return y if state is None else (y, ContextState(memory, snapshot, past, keys, values, length, owner))

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
-from attnlab.nn.cache import KVCache
+from attnlab.nn.cache import KVCache, Owner
 from attnlab.nn.mechanism import split_heads
 from attnlab.nn.softmax.gated import GatedAttention
 from attnlab.patterns import Causal, Pattern, Shifted
@@ -18,8 +18,8 @@ from attnlab.patterns import Causal, Pattern, Shifted
 class SummingCache(KVCache):
     """A KV cache that also keeps the sum of all values, so that their mean costs nothing to know."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, owner: Owner = ()) -> None:
+        super().__init__(owner=owner)
         self.before: Tensor | None = None  # sum of the values before the last piece, (B, Hkv, 1, D)
         self._total: Tensor | None = None
 
@@ -41,6 +41,7 @@ class SummingCache(KVCache):
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
         cost="N²",
         growth=2.0,
+        state="2 * kv_heads * head_dim * (N + 1)",
         sample=dict(heads=4, kv_heads=2),
     )
 )
@@ -160,7 +161,7 @@ class AffineScaledAttention(GatedAttention):
         super().initial_state(batch, device=device, dtype=dtype)
         if self.count == "keys":
             raise ValueError("streaming needs count='visible': the number of keys of a call changes with its pieces")
-        return SummingCache()
+        return SummingCache(self.owner(batch))
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -29,6 +29,8 @@ class BorrowedMaps(MultiHead):
         self.refuse(**keywords)
         if context.shape[1] != x.shape[1]:
             raise ValueError(f"context must have x's length {x.shape[1]}, got {context.shape[1]}")
+        if state is not None:
+            self.check_state(state, KVCache, len(x))
         offset = 0 if state is None else state.length
         q, k, _ = self.project(context, None, offset)
         q, k = (t.expand(len(x), -1, -1, -1) for t in (q, k))

@@ -34,6 +34,7 @@ def _without_places(dim: int, grid: tuple[int, ...]) -> ComplexAttention:
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | EXACT,
         cost="N²",
         growth=2.0,
+        state="2 * kv_heads * head_dim * N",
         sample=dict(heads=4),
         limit=_without_places,
     )

@@ -26,6 +26,7 @@ Place = Literal["heads", "values", "keys", "queries", "output"]
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
         cost="N²",
         growth=2.0,
+        state="2 * kv_heads * head_dim * N",
         sample=dict(heads=4, kv_heads=2),
     )
 )

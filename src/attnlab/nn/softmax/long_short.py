@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, EXACT, NONCAUSAL_SELF, STREAMING, TOKENS, Card, register
-from attnlab.nn.cache import Cache, KVCache, RollingCache
+from attnlab.nn.cache import Cache, KVCache, Owner, RollingCache
 from attnlab.nn.decode import attend_one
 from attnlab.nn.mechanism import pattern_for
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern, Window
 from attnlab.positions import Position
+
+
+class Runs(NamedTuple):
+    """What is kept for each run of heads that look alike."""
+
+    caches: tuple[Cache, ...]
+    owner: Owner
 
 
 @register(
@@ -29,6 +36,7 @@ from attnlab.positions import Position
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH | EXACT,
         cost="N² in the global heads, N l in the local ones",
         growth=2.0,
+        state="2 * head_dim * (global_keys * N + sum(spans))",
         sample=dict(heads=4, span=8),
         limit=lambda dim, grid: LongShortAttention(dim, heads=4, span=2**20),
     )
@@ -86,6 +94,11 @@ class LongShortAttention(MultiHead):
             self.wqkv = nn.Linear(dim, width, bias=self.wqkv.bias is not None)
 
     @property
+    def global_keys(self) -> int:
+        """Key and value heads of the global heads."""
+        return 1 if self.shared else self.global_heads
+
+    @property
     def groups(self) -> list[tuple[slice, slice, int | None]]:
         """(query heads, key heads, span or None) of the runs of heads that look alike."""
         kinds: list[int | None] = [*self.spans]
@@ -99,12 +112,14 @@ class LongShortAttention(MultiHead):
             at, key = at + n, key + keys
         return found
 
-    def initial_state(
+    def initial_state(  # type: ignore[override]
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Any:
+    ) -> Runs:
         """A cache for each run of heads: of `span` tokens, or of all."""
         super().initial_state(batch, device=device, dtype=dtype)
-        return tuple(KVCache() if span is None else RollingCache(span, 0) for *_, span in self.groups)
+        owner = self.owner(batch)
+        caches = (KVCache(owner=owner) if span is None else RollingCache(span, 0, owner) for *_, span in self.groups)
+        return Runs(tuple(caches), owner)
 
     def look(
         self, q: Tensor, k: Tensor, v: Tensor, span: int | None, given: Pattern | None, cache: Cache | None
@@ -133,8 +148,11 @@ class LongShortAttention(MultiHead):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern if state is not None else None)
-        caches = state if state is not None else (None,) * len(self.groups)
-        q, k, v = self.project(x, None, 0 if state is None else state[0].length)
+        caches: tuple[Cache | None, ...] = (None,) * len(self.groups)
+        if state is not None:
+            self.check_state(state, Runs, len(x))
+            caches = state.caches
+        q, k, v = self.project(x, None, 0 if caches[0] is None else caches[0].length)
         heads = [
             self.look(q[:, h], k[:, s], v[:, s], span, pattern, cache)
             for (h, s, span), cache in zip(self.groups, caches, strict=True)

@@ -92,6 +92,7 @@ def _all_heads(dim: int, grid: tuple[int, ...]) -> MixtureOfHeads:
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT | EXACT,
         cost="N²",
         growth=2.0,
+        state="2 * kv_heads * head_dim * N",
         sample=dict(heads=8),
         limit=_all_heads,
     )

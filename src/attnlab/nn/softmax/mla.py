@@ -25,6 +25,7 @@ from attnlab.patterns import Pattern
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
         cost="N²",
         growth=2.0,
+        state="(rank + shared_dim) * N",
         sample=dict(heads=4, rank=16, head_dim=8, shared_dim=4, value_dim=8),
     )
 )
@@ -78,7 +79,7 @@ class LatentAttention(Mechanism):
         """An empty cache, of rank + shared_dim numbers per token."""
         if not self.causal:
             raise ValueError("streaming needs causal=True")
-        return KVCache()
+        return KVCache(owner=self.owner(batch))
 
     def forward(
         self,
@@ -95,6 +96,7 @@ class LatentAttention(Mechanism):
         latent, shared, offset = self.norm(latent).unsqueeze(1), shared.unsqueeze(1), 0
         if state is not None:
             self.refuse(context=context)
+            self.check_state(state, KVCache, len(x))
             offset = state.length
             shared, latent = state.append(shared, latent)
         where = pattern_for(self.causal, pattern, offset, x.shape[1])

@@ -42,6 +42,7 @@ def plain(dim: int, grid: tuple[int, ...]) -> RelativeConvolutionalAttention:
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | EXACT,
         cost="N²",
         growth=2.0,
+        state="heads * head_dim * (2 * N + 3 * (taps - 1))",
         sample=dict(heads=4),
         limit=plain,
     )
@@ -151,7 +152,7 @@ class RelativeConvolutionalAttention(MultiHead):
     ) -> ConvolvedCache:
         """An empty cache: 2·C numbers per token, and 3·C for each of taps − 1 tokens."""
         super().initial_state(batch, device=device, dtype=dtype)
-        return ConvolvedCache(limit=self.reach)
+        return ConvolvedCache(limit=self.reach, owner=self.owner(batch))
 
     def forward(
         self,
@@ -170,8 +171,8 @@ class RelativeConvolutionalAttention(MultiHead):
         """
         self.check(x)
         self.refuse(context=context, memory=memory if state is not None else None)
-        if state is not None and not isinstance(state, ConvolvedCache):
-            raise TypeError(f"state must be a ConvolvedCache, from initial_state, got {type(state).__name__}")
+        if state is not None:
+            self.check_state(state, ConvolvedCache, len(x))
         if memory is not None:
             if memory.dim() != 3 or memory.shape[::2] != x.shape[::2] or 0 in memory.shape:
                 raise ValueError(f"memory must be ({len(x)}, M, {self.dim}), got {tuple(memory.shape)}")

@@ -27,6 +27,7 @@ VALUES = ("full", "merged", "none")
         capabilities=ALL_FOUR | ANY_LENGTH | PERMUTATION_EQUIVARIANT | STREAMING | EXACT,
         cost="N²",
         growth=2.0,
+        state="2 * kv_heads * head_dim * N",
         sample=dict(similarity="shared", values="none"),
         limit=lambda dim, grid: ReducedAttention(dim, heads=4, similarity="full", values="full"),
     )

@@ -29,6 +29,7 @@ from attnlab.weightings import Sigmoid, Weighting
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,
         cost="N²",
         growth=2.0,
+        state="2 * kv_heads * head_dim * N",
         sample=dict(heads=4, kv_heads=2, length=128),
     )
 )

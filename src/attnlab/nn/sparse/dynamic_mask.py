@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import Owner
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern
 
@@ -22,6 +23,7 @@ class Kept(NamedTuple):
     v: Tensor  # (B, Hkv, n, D)
     bias: Tensor  # (B, Hkv, n)
     length: int
+    owner: Owner = ()
 
 
 @register(
@@ -35,6 +37,7 @@ class Kept(NamedTuple):
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N·w",
         growth=1.0,
+        state="kv_heads * (2 * head_dim + 1) * min(N, keep)",
         sample=dict(heads=4, kv_heads=2, keep=6),
     )
 )
@@ -59,6 +62,8 @@ class DynamicMask(MultiHead):
         Others as for `MultiHead`.
     """
 
+    causal_only = "what is kept is chosen among the keys so far"
+
     def __init__(
         self,
         dim: int,
@@ -70,13 +75,11 @@ class DynamicMask(MultiHead):
         qk_norm: Any = None,
         **keywords: Any,
     ) -> None:
-        if not causal:
-            raise ValueError("causal must be True: what is kept is chosen among the keys so far")
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         if variant not in ("paper", "release"):
             raise ValueError(f"variant must be 'paper' or 'release', got {variant!r}")
-        super().__init__(dim, causal=True, qk_norm=qk_norm or partial(nn.RMSNorm, eps=1e-6), **keywords)
+        super().__init__(dim, causal=causal, qk_norm=qk_norm or partial(nn.RMSNorm, eps=1e-6), **keywords)
         self.keep, self.variant, self.exponential = keep, variant, exponential
         self.wdt = nn.Linear(self.kv_heads * self.head_dim, self.kv_heads, bias=self.wqkv.bias is not None)
         self.rate = nn.Parameter(torch.zeros(self.kv_heads))  # A
@@ -91,7 +94,7 @@ class DynamicMask(MultiHead):
     ) -> Kept:
         """Nothing kept yet. The state grows to w keys and values per head, and no further."""
         none = self.wqkv.weight.new_empty(batch, self.kv_heads, 0, self.head_dim, device=device, dtype=dtype)
-        return Kept(none, none, none[..., 0:0].sum(-1), 0)
+        return Kept(none, none, none[..., 0:0].sum(-1), 0, self.owner(batch))
 
     def walk(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kept: Kept | None = None) -> tuple[Tensor, Kept]:
         """Heads `(B, H, N, D)` of the next N tokens, whose keys have `bias (B, Hkv, N)`, and what is then kept."""
@@ -136,10 +139,10 @@ class DynamicMask(MultiHead):
         heads = self._attend(q, k, v, bias, seen)
         length = kept.length + rows
         if old + rows <= self.keep:
-            return heads, Kept(k, v, bias, length)
+            return heads, Kept(k, v, bias, length, kept.owner)
         last = latest[:, :, : self.keep].sort(-1).values
         k, v = (t.gather(2, last.unsqueeze(-1).expand(-1, -1, -1, t.shape[-1])) for t in (k, v))
-        return heads, Kept(k, v, bias.gather(2, last), length)
+        return heads, Kept(k, v, bias.gather(2, last), length, kept.owner)
 
     def forward(
         self,
@@ -152,6 +155,8 @@ class DynamicMask(MultiHead):
     ) -> Any:
         self.refuse(context=context, pattern=pattern, grid=grid)
         self.check(x)
+        if state is not None:
+            self.check_state(state, Kept, len(x))
         offset = 0 if state is None else state.length
         q, k, v = self.project(x, None, offset)
         if self.position_bias(q, k, offset) is not None:

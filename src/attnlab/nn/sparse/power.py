@@ -26,6 +26,7 @@ from attnlab.patterns import Pattern, PowersOfTwo
         capabilities=CAUSAL_SELF | CAUSAL_CROSS | STREAMING | ANY_LENGTH,
         cost="N b (log N/b + w + s)",
         growth=1.1,
+        state="2 * kv_heads * head_dim * N",
         sample=dict(heads=4, kv_heads=2, block=8, window=2, sinks=1),
     )
 )
@@ -44,12 +45,12 @@ class PowerAttention(MultiHead):
         Others as for `MultiHead`.
     """
 
+    causal_only = "its pattern looks back"
+
     def __init__(
         self, dim: int, *, block: int = 256, window: int = 5, sinks: int = 1, causal: bool = True, **keywords: Any
     ) -> None:
-        if not causal:
-            raise ValueError("causal must be True: the pattern looks back only")
-        super().__init__(dim, causal=True, **keywords)
+        super().__init__(dim, causal=causal, **keywords)
         self.pattern = PowersOfTwo(block=block, window=window, sinks=sinks)
 
     def where(self, given: Pattern | None, offset: int, queries: int) -> Pattern | None:

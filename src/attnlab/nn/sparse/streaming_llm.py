@@ -28,6 +28,7 @@ from attnlab.problem import Bias
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | EXACT,
         cost="N (w + s)",
         growth=1.0,
+        state="2 * kv_heads * head_dim * (window + sinks)",
         sample=dict(heads=4, kv_heads=2, window=16, sinks=2),
         limit=lambda dim, grid: SlidingWindow(dim, heads=4, window=2**20),
     )
@@ -77,7 +78,7 @@ class SlidingWindow(MultiHead):
     ) -> Any:
         """A cache of exactly sinks + window tokens."""
         super().initial_state(batch, device=device, dtype=dtype)
-        return RollingCache(self.window, self.sinks)
+        return RollingCache(self.window, self.sinks, self.owner(batch))
 
     def forward(
         self,
@@ -91,6 +92,7 @@ class SlidingWindow(MultiHead):
         self.check(x, context)
         if state is not None:
             self.refuse(context=context, pattern=pattern)
+            self.check_state(state, RollingCache, len(x))
         n, offset, gap = x.shape[1], 0 if state is None else state.length, 0
         relocated = self.places == "cache" and self.sinks > 0 and offset + n > self.window + self.sinks
         if state is None and not relocated:

@@ -233,6 +233,7 @@ def _window(q: Tensor, k: Tensor, v: Tensor, size: int, offset: int) -> tuple[Te
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N^(1 + 1/steps)",
         growth=1.4,  # of the lengths that are counted: the projections are N
+        state="2 * kv_heads * head_dim * N",
         sample=dict(heads=4, kv_heads=2),
     )
 )
@@ -257,6 +258,8 @@ class Superlinear(MultiHead):
         Others as for `MultiHead`; a position turns q1 as it turns q.
     """
 
+    causal_only = "its anchors lie in the past"
+
     def __init__(
         self,
         dim: int,
@@ -271,11 +274,9 @@ class Superlinear(MultiHead):
         causal: bool = True,
         **keywords: Any,
     ) -> None:
-        if not causal:
-            raise ValueError("causal must be True: anchors lie in the past")
         if keywords.get("dropout"):
             raise ValueError(f"dropout must be 0, got {keywords['dropout']}: weights are joined span by span")
-        super().__init__(dim, causal=True, **keywords)
+        super().__init__(dim, causal=causal, **keywords)
         self.search = SpanSearch(steps, window, topk, power, backward, forward, span_power)
         self.wq1 = nn.Linear(dim, self.heads * self.head_dim, bias=self.wqkv.bias is not None)
 
