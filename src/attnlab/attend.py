@@ -99,7 +99,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, is_causal=pattern is not None, scale=scale)
     from attnlab import planner
 
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         return _under_autocast(
             q, k, v, pattern=pattern, route=route, weighting=weighting, bias=bias, scale=scale, dropout=dropout,
             return_lse=return_lse, backend=backend,
