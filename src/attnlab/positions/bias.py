@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.positions.base import IndexBias, Position
@@ -72,6 +74,35 @@ class TableBias(Position):
         if max(nq + offset, nk) > room:
             raise ValueError(f"window {self.window} has {room} places, got {max(nq + offset, nk)} tokens")
         return Lookup(self.table, Displacement(self.window, offset))
+
+    def matrix(self) -> Tensor:
+        """The bias `(H, N, N)` of a whole window, N = Π W."""
+        return spread(self.table, self.window)
+
+    @torch.no_grad()
+    def resize(self, window: tuple[int, ...]) -> None:
+        """Go on with another window of two axes: the table is interpolated bilinearly (MaxViT, arXiv 2204.01697)."""
+        old, new = ([2 * w - 1 for w in sizes] for sizes in (self.window, window))
+        if len(old) != 2 or len(new) != 2:
+            raise ValueError(f"window must have two axes, as the table's {self.window}, got {window}")
+        table = F.interpolate(self.table.mT.unflatten(1, old)[None], new, mode="bilinear")[0].flatten(1).mT
+        self.window, self.table = tuple(window), nn.Parameter(table.contiguous())
+
+
+def spread(table: Tensor, window: tuple[int, ...]) -> Tensor:
+    """A table `(Π (2W−1), H)` of displacements to the bias `(H, N, N)` between all places of the window."""
+    rows = (_rows if torch.compiler.is_compiling() else _kept_rows)(window, table.device)
+    places = math.prod(window)
+    return table.index_select(0, rows).view(places, places, -1).permute(2, 0, 1).contiguous()
+
+
+def _rows(window: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept, it may be saved for a backward pass later
+        places = torch.arange(math.prod(window), device=device)
+        return Displacement(window)(places[:, None], places).flatten()
+
+
+_kept_rows = lru_cache(maxsize=32)(_rows)
 
 
 @dataclass(frozen=True)
