@@ -1,0 +1,85 @@
+"""Inverted residual convolutions with squeeze-and-excite, as backbones of convolution and attention have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by what the mean over the map makes of it: x · σ(W2 act(W1 mean(x))), on `(B, C, H, W)`.
+
+    Source: arXiv 1709.01507.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, *, bias: bool = True, activation: Callable[[], nn.Module] = nn.SiLU
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.act = activation()
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(self.act(self.fc1(x.mean((2, 3))))).sigmoid()[:, :, None, None]
+
+
+class SameConv(nn.Conv2d):
+    """A convolution padded as TensorFlow's "SAME": ⌈H/stride⌉ rows, an odd pixel of padding goes below and right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = [
+            max((-(-n // s) - 1) * s + k - n, 0)
+            for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        ]
+        if all(p % 2 == 0 for p in pads):
+            return F.conv2d(x, self.weight, self.bias, self.stride, [p // 2 for p in pads], 1, self.groups)
+        x = F.pad(x, (pads[1] // 2, pads[1] - pads[1] // 2, pads[0] // 2, pads[0] - pads[0] // 2))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+
+class MBConv(nn.Module):
+    """Norm → 1×1 to `expansion`·`dim` channels → depth-wise 3×3 → squeeze-and-excite → 1×1 to `dim`; plus a shortcut.
+
+    `(B, C, H, W)` to `(B, dim, ⌈H/stride⌉, ⌈W/stride⌉)`. With a stride the shortcut is averaged over 2×2 places, and
+    projected where the width changes. As in MaxViT (arXiv 2204.01697): a norm before everything, and the hidden widths
+    of expansion and of squeeze-and-excite (dim/4) are relative to the output's.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        dim: int,
+        *,
+        stride: int = 1,
+        expansion: float = 4.0,
+        drop_path: nn.Module | None = None,
+        activation: Callable[[], nn.Module] = nn.GELU,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {stride}")
+        if stride == 1 and input_dim != dim:
+            raise ValueError(f"input_dim must be dim where stride is 1, got {input_dim} and {dim}")
+        hidden = int(dim * expansion)
+        self.stride = stride
+        self.norm = norm(input_dim)
+        self.conv1 = nn.Conv2d(input_dim, hidden, 1, bias=False)
+        self.norm1 = norm(hidden)
+        self.conv2 = SameConv(hidden, hidden, 3, stride, groups=hidden, bias=False)
+        self.norm2 = norm(hidden)
+        self.act = activation()
+        self.se = SqueezeExcite(hidden, dim // 4)
+        self.conv3 = nn.Conv2d(hidden, dim, 1)
+        self.shortcut = nn.Conv2d(input_dim, dim, 1) if input_dim != dim else nn.Identity()
+        self.drop_path = nn.Identity() if drop_path is None else drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm1(self.conv1(self.norm(x))))
+        y = self.se(self.act(self.norm2(self.conv2(y))))
+        if self.stride > 1:
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True)
+        return self.shortcut(x) + self.drop_path(self.conv3(y))
