@@ -14,6 +14,7 @@ from attnlab.patterns import (
     Documents,
     Explicit,
     Full,
+    Groups,
     Not,
     Or,
     Pattern,
@@ -41,6 +42,8 @@ SAID = {
         j <= i and (i // 4 - j // 4 in (0, 1, 2, 4, 8) or j // 4 < 2)
     ),
     Documents((10, 1, 26)): lambda i, j: (i < 10) == (j < 10) and (i < 11) == (j < 11),
+    Groups(6): lambda i, j: i // 6 == j // 6,
+    Groups(6, shift=3): lambda i, j: (i + 3) // 6 == (j + 3) // 6,
     Regions(torch.arange(N) % 5): lambda i, j: i % 5 == j % 5,
 }  # fmt: skip
 NAMES = {str(p): p for p in SAID}
@@ -52,6 +55,12 @@ def test_each_pattern_is_its_sentence(name):
     said = torch.tensor([[SAID[pattern](i, j) for j in range(N)] for i in range(N)])
     assert torch.equal(pattern.matrix(N), said)
     assert pattern.density(N) == pytest.approx(said.double().mean().item())
+
+
+def test_in_a_ring_the_first_group_goes_on_with_the_last_tokens():
+    seen = Groups(4, shift=2, ring=12).matrix(12)
+    assert seen[0].nonzero().flatten().tolist() == [0, 1, 10, 11] == seen[11].nonzero().flatten().tolist()
+    assert torch.equal(seen[2:10, 2:10], Groups(4).matrix(8))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,6 +176,10 @@ def test_a_mask_for_each_batch_entry_and_head_is_kept_apart():
         (lambda: PowersOfTwo(sinks=-1), "PowersOfTwo: sinks must be 0 or more, got -1"),
         (lambda: Sinks(0), "Sinks: count must be"),
         (lambda: Prefix(0), "Prefix: count must be"),
+        (lambda: Groups(0), "Groups: size must be an integer of at least 1"),
+        (lambda: Groups(4, shift=4), "Groups: shift must be in"),
+        (lambda: Groups(4, ring=6), "Groups: ring must be a multiple of size = 4, got 6"),
+        (lambda: Groups(4, ring=8).matrix(12), "ring of 8 tokens does not fit 12 queries and 12 keys"),
         (lambda: Documents(()), "Documents: lengths must be one or more positive integers"),
         (lambda: Documents((3, 0)), "Documents: lengths must be one or more positive integers"),
         (lambda: Documents((3, 4)).matrix(8), "lengths sum to 7, but there are 8 queries and 8 keys"),

@@ -3,7 +3,8 @@
 from attnlab.patterns.base import Pattern
 from attnlab.patterns.combine import And, Not, Or, Shifted
 from attnlab.patterns.given import Explicit, Regions
-from attnlab.patterns.grid import Axial, Blocks, Halo, Neighborhood
+from attnlab.patterns.grid import Axial, Blocks, Halo, Neighborhood, SoFar
+from attnlab.patterns.groups import Groups
 from attnlab.patterns.sequence import Causal, Dilated, Documents, Full, PowersOfTwo, Prefix, Sinks, Window
 from attnlab.patterns.speedup import Speedup, end_to_end, speedup
 
@@ -16,6 +17,7 @@ __all__ = [
     "Documents",
     "Explicit",
     "Full",
+    "Groups",
     "Halo",
     "Neighborhood",
     "Not",
@@ -26,6 +28,7 @@ __all__ = [
     "Regions",
     "Shifted",
     "Sinks",
+    "SoFar",
     "Speedup",
     "Window",
     "end_to_end",
