@@ -109,6 +109,18 @@ class KVCache(Cache):
         )
 
 
+class GridCache(KVCache):
+    """The keys and values of the first tokens of one grid."""
+
+    grid: tuple[int, ...] | None = None
+
+    def keep(self, grid: tuple[int, ...]) -> None:
+        """Remember on which grid the tokens lie; ValueError if those before lay on another."""
+        if self.grid not in (None, grid):
+            raise ValueError(f"grid must stay {self.grid} as long as state goes on, got {grid}")
+        self.grid = grid
+
+
 class RollingCache(Cache):
     """Keys and values of the first `sinks` tokens and of the last `window`: bounded memory however long the text.
 

@@ -101,14 +101,22 @@ def check_heads(dim: int, heads: int, kv_heads: int | None = None, head_dim: int
     return kv_heads, head_dim
 
 
-def check_grid(grid: tuple[int, ...] | None, tokens: int, axes: int | None = None) -> tuple[int, ...]:
-    """`grid` as a tuple whose product is `tokens`; ValueError if it is missing or does not fit."""
+def check_grid(
+    grid: tuple[int, ...] | None, tokens: int, axes: int | None = None, *, begin: int | None = None
+) -> tuple[int, ...]:
+    """`grid` as a tuple whose product is `tokens`; ValueError if it is missing or does not fit.
+
+    With `begin`, the tokens are a part of it, from that place on.
+    """
     if grid is None:
         raise ValueError(f"grid must be given, such as grid=(H, W) with H·W = {tokens}: it is never guessed")
     grid = tuple(int(g) for g in grid)
     if axes is not None and len(grid) != axes:
         raise ValueError(f"grid must have {axes} axes, got {grid}")
-    if math.prod(grid) != tokens:
+    if begin is not None:
+        if begin + tokens > math.prod(grid):
+            raise ValueError(f"grid must hold the {begin + tokens} tokens of state and x, got {grid}")
+    elif math.prod(grid) != tokens:
         raise ValueError(f"grid must multiply to the number of tokens {tokens}, got {grid}")
     return grid
 

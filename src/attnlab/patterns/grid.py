@@ -201,3 +201,16 @@ class Axial(GridPattern):
         if axis != self.axis:
             return i, i
         return torch.zeros_like(i), torch.full_like(i, self.grid[axis] - 1)
+
+
+@dataclass(frozen=True)
+class SoFar(Pattern):
+    """A pattern of a grid while its last tokens are still to come: queries and keys are the grid's first tokens."""
+
+    pattern: GridPattern
+
+    def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.pattern.allows(b, h, q, k)
+
+    def check(self, nq: int, nk: int) -> None:
+        self.pattern.check(nq, max(nk, math.prod(self.pattern.grid)))

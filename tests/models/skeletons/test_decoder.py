@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import attnlab
-from attnlab.cards import STREAMING, TOKENS
+from attnlab.cards import ANY_GRID, STREAMING, TOKENS
 from attnlab.hub.checkpoints import load_official
 from attnlab.hub.official import find
 from attnlab.models.skeletons.decoder import Decoder, sample
@@ -113,7 +113,12 @@ def test_reads_a_checkpoint_in_transformers_layout_with_a_tied_head(tmp_path) ->
     assert torch.equal(other(text), m(text))
 
 
-@pytest.mark.parametrize("name", attnlab.names(kind=TOKENS, capability=STREAMING))
+STREAMS = [
+    name for name in attnlab.names(kind=TOKENS, capability=STREAMING) if not attnlab.describe(name).claims(ANY_GRID)
+]
+
+
+@pytest.mark.parametrize("name", STREAMS)
 def test_every_streaming_mechanism_streams_in_it(name: str) -> None:
     options = {k: v for k, v in attnlab.describe(name).sample.items() if k not in ("heads", "kv_heads")}
     m, text = make(kv_heads=None, mixer=name, mixer_options=options), ids(20)

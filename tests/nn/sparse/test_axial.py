@@ -58,3 +58,32 @@ def test_bad_arguments_are_named() -> None:
         AxialAttention(8, heads=2, combine="mean")
     with pytest.raises(ValueError, match="grid must have 2 axes"):
         AxialAttention(8, heads=2)(torch.randn(1, 8, 8), grid=(2, 2, 2))
+
+
+@pytest.mark.parametrize("combine", ["sum", "sequence"])
+@pytest.mark.parametrize("grid", [(3, 5), (2, 3, 4)])
+def test_streams_in_pieces_that_end_anywhere(grid, combine) -> None:
+    torch.manual_seed(0)
+    m = AxialAttention(8, heads=2, axes=len(grid), combine=combine, causal=True).double()
+    x = torch.randn(2, torch.Size(grid).numel(), 8, dtype=torch.float64)
+    state, out = m.initial_state(2), []
+    with torch.no_grad():
+        for piece in x.split([4, 1, 1, x.shape[1] - 6], 1):
+            y, state = m(piece, grid=grid, state=state)
+            out.append(y)
+        torch.testing.assert_close(torch.cat(out, 1), m(x, grid=grid))
+
+
+def test_a_state_stays_on_its_grid() -> None:
+    m, x = AxialAttention(8, heads=2, causal=True), torch.randn(1, 6, 8)
+    with torch.no_grad():
+        _, state = m(x[:, :4], grid=(2, 3), state=m.initial_state(1))
+    for part, grid, words in (
+        (x[:, 4:], (3, 2), r"grid must stay \(2, 3\)"),
+        (x, (2, 3), "grid must hold the 10 tokens of state and x"),
+        (x[:, 4:], None, "grid must be given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            m(part, grid=grid, state=state)
+    with pytest.raises(ValueError, match="causal=True"):
+        AxialAttention(8, heads=2).initial_state(1)

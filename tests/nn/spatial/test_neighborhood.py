@@ -259,3 +259,26 @@ def test_training_costs_grow_with_the_tokens(relative):
 def test_what_does_not_fit_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        dict(kernel=3),
+        dict(kernel=2, dilation=2, kv_heads=2),
+        dict(kernel=3, stride=2, scale=0.7),
+        dict(kernel=5, small="shrink"),
+    ],
+    ids=["plain", "dilated, grouped", "strided, scaled", "shrunk"],
+)
+def test_streams_where_every_axis_is_causal(keywords):
+    grid, m = (4, 5), build(heads=4, causal=True, **keywords)
+    x = tokens(*grid)
+    state, out = m.initial_state(2), []
+    with torch.no_grad():
+        for piece in x.split([3, 1, 1, 15], 1):
+            y, state = m(piece, grid=grid, state=state)
+            out.append(y)
+        torch.testing.assert_close(torch.cat(out, 1), m(x, grid=grid))
+    with pytest.raises(ValueError, match="causal=True"):
+        build(causal=(True, False), kernel=3).initial_state(2)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.attend import attend, merge
-from attnlab.cards import ANY_GRID, CAUSAL_SELF, EXACT, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.cards import ANY_GRID, CAUSAL_SELF, EXACT, NONCAUSAL_SELF, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import GridCache
 from attnlab.nn.mechanism import check_grid, join_heads
 from attnlab.nn.multihead import MultiHead
-from attnlab.patterns import Neighborhood, Pattern
+from attnlab.patterns import Neighborhood, Pattern, SoFar
 from attnlab.patterns.grid import per_axis
 from attnlab.problem import Lookup
 
@@ -46,9 +47,10 @@ class Offset:
         system="na",
         family="spatial",
         kind=TOKENS,
-        capabilities=NONCAUSAL_SELF | CAUSAL_SELF | ANY_GRID | EXACT,
+        capabilities=NONCAUSAL_SELF | CAUSAL_SELF | ANY_GRID | STREAMING | EXACT,
         cost="N w²",
         growth=1.0,
+        state="2 * kv_heads * head_dim * N",
         sample=dict(heads=4, kernel=3, small="shrink"),
         limit=lambda dim, grid: NeighborhoodAttention(dim, heads=4, kernel=grid, bias=False),
     )
@@ -137,22 +139,27 @@ class NeighborhoodAttention(MultiHead):
         others = attend(q, self.k_norm(more_k), more_v, return_lse=True, **common)
         return merge([attend(q, k, v, return_lse=True, **keywords), others])[0]
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         context: Tensor | None = None,
         *,
         grid: tuple[int, ...] | None = None,
         pattern: Pattern | None = None,
-        state: Any = None,
+        state: GridCache | None = None,
         extra: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """`(B, N, C)` on `grid` → the same. `pattern` narrows the neighborhood.
 
         Every token attends to the tokens `extra (B, M, C)` too, in one softmax with its neighbors (text, say).
+        With a state, where every axis is causal, x are the next tokens of the grid, and `(y, state)` is returned.
         """
         self.check(x, extra)
-        self.refuse(context=context, state=state)
+        self.refuse(context=context)
+        if state is not None:
+            self.refuse(pattern=pattern, extra=extra)
+            self.check_state(state, GridCache, len(x))
+            return self._go_on(x, grid, state), state
         grid = given = check_grid(grid, x.shape[1], self.axes)
         if self.small == "pad":
             grid = tuple(max(n, least) for n, least in zip(grid, self.least, strict=True))
@@ -169,6 +176,24 @@ class NeighborhoodAttention(MultiHead):
                 y = y.narrow(axis, 0, length)
             y = y.flatten(1, -2)
         return self.wo(y)
+
+    def initial_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> GridCache:
+        super().initial_state(batch, device=device, dtype=dtype)
+        return GridCache(owner=self.owner(batch))
+
+    def _go_on(self, x: Tensor, grid: tuple[int, ...] | None, state: GridCache) -> Tensor:
+        """The next tokens of the grid, which has room for a whole window."""
+        offset = state.length
+        grid = check_grid(grid, x.shape[1], self.axes, begin=offset)
+        where = SoFar(self.neighborhood(grid)).starting_at(offset)
+        state.keep(grid)
+        q, k, v = self.project(x, None, offset)
+        if self.scale is not None:
+            q = q * (self.scale * self.head_dim**0.5)
+        k, v = state.append(k, v)
+        return self.merge(self.mix(q, k, v, x=x, pattern=where, offset=offset, state=state))
 
     def weights(self, x: Tensor, context: Tensor | None = None, **keywords: Any) -> Tensor:
         """The weights `(B, H, N, N)` with which `forward(x, grid=grid)` mixes values: to look at, small N."""
