@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnlab.models.language.deconstructed import VARIANTS, Deconstructed
+from attnlab.models.language.deconstructed import LAYOUTS, SIZES, VARIANTS, Deconstructed
 from attnlab.models.skeletons.decoder import Decoder
 from attnlab.nn.softmax.borrowed import BorrowedMaps
 
@@ -107,6 +107,59 @@ def test_skipping_is_removing_the_layers() -> None:
         {n.replace("blocks.1.", "blocks.0.").replace("blocks.3.", "blocks.1."): p for n, p in kept.items()}
     )
     torch.testing.assert_close(model.skip()(text), shorter(text))
+
+
+@pytest.mark.parametrize(
+    ("layout", "standard"),
+    [
+        ("uniform", []),
+        ("hybrid", range(2, 25, 2)),
+        ("odd", range(1, 25, 2)),
+        ("quarter", range(4, 25, 4)),
+        ("top", range(1, 13)),
+        ("middle", [*range(1, 7), *range(19, 25)]),
+        ("bottom", range(13, 25)),
+        ("first", [1]),
+        ("last", [24]),
+        ("bilateral", [1, 24]),
+    ],
+)
+def test_layouts_have_standard_attention_where_the_papers_table_has_it(layout: str, standard) -> None:
+    """Table 11 of the paper, for 24 layers."""
+    assert [layer for layer in range(1, 25) if LAYOUTS[layout](layer, 24)] == list(standard)
+
+
+@pytest.mark.parametrize("layout", ["top", "bilateral"])
+def test_skipping_leaves_just_the_standard_layers(layout: str) -> None:
+    model = make("mlp", layout).skip()
+    kept = [block.mixer for i, block in enumerate(model.blocks) if i not in model.left_out]
+    assert [type(mixer).__name__ for mixer in kept] == ["MultiHead"] * 2
+    assert model(ids()).shape == (2, LENGTH, 11)
+
+
+@pytest.mark.parametrize("variant", ["random_maps", "fixed_maps"])
+def test_keys_of_the_sequence_beside_are_kept_once_for_a_batch(variant: str) -> None:
+    model = make(variant)
+    state = model.initial_state(2)
+    _, state = model(ids(5), state)
+    assert state.layers[1].k.shape == (1, 2, 5, 12) and state.layers[1].v.shape == (2, 2, 5, 12)
+
+
+@pytest.mark.parametrize("variant", ["non_approximate", "random_maps", None])
+def test_norms_of_queries_and_keys_bound_the_scores(variant: str | None) -> None:
+    model, text = make(variant, qk_norm=True), ids()
+    with torch.no_grad():
+        before = model(text)
+        for block in model.blocks:
+            block.mixer.wqkv.weight[:48] *= 1000  # queries and keys
+    torch.testing.assert_close(model(text), before, rtol=1e-3, atol=1e-5)
+
+
+def test_sizes_are_near_their_names() -> None:
+    for name, size in SIZES.items():
+        number = name.removeprefix("deconstructed_")
+        wanted = float(number[:-1]) * (1e6 if number.endswith("m") else 1e9)
+        assert abs(size.params / wanted - 1) < 0.2, name
 
 
 def test_bad_arguments_are_named() -> None:

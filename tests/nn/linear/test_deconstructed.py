@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from attnlab.nn.linear.running_mean import RunningMean
-from attnlab.nn.linear.taylor import TaylorAttention
+from attnlab.nn.linear.taylor import BLOCK, TaylorAttention, powers, series
 from attnlab.positions import ALiBi, Rotary
 
 DIM, HEADS = 16, 2
@@ -42,6 +42,29 @@ def test_taylor_equals_its_matrices(form: str, causal: bool) -> None:
     m, x = TaylorAttention(DIM, heads=HEADS, form=form, causal=causal).double(), tokens()
     q, k, v = heads_of(m, x)
     torch.testing.assert_close(m(x), joined(m, sum(a @ v for a in taylor_matrices(q, k, form, causal))))
+
+
+def test_features_of_powers_multiply_to_the_series() -> None:
+    q, k = torch.randn(2, 5, D, dtype=torch.float64), torch.randn(2, 6, D, dtype=torch.float64)
+    torch.testing.assert_close(powers(q) @ powers(k).mT, series(q @ k.mT))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("form", ["paper", "taylor"])
+def test_long_texts_are_read_by_features_of_what_is_far(form: str, causal: bool) -> None:
+    m, x = TaylorAttention(DIM, heads=HEADS, form=form, causal=causal).double(), tokens(3 * BLOCK + 7)
+    q, k, v = heads_of(m, x)
+    torch.testing.assert_close(m(x), joined(m, sum(a @ v for a in taylor_matrices(q, k, form, causal))))
+
+
+@pytest.mark.parametrize("form", ["paper", "taylor"])
+def test_long_pieces_continue_a_state(form: str) -> None:
+    m, x = TaylorAttention(DIM, heads=HEADS, form=form, causal=True).double(), tokens(2 * BLOCK + 40)
+    state, out = m.initial_state(2), []
+    for piece in x.split([BLOCK + 9, BLOCK + 31], 1):
+        y, state = m(piece, state=state)
+        out.append(y)
+    torch.testing.assert_close(torch.cat(out, 1), m(x))
 
 
 def test_taylor_weights_are_positive_and_near_softmax_where_scores_are_small() -> None:
@@ -80,6 +103,15 @@ def test_the_running_mean_equals_its_definition(causal: bool) -> None:
     for i in range(x.shape[1]):
         w = (e[..., : i + 1] if causal else e).softmax(-1)
         rows.append((w.unsqueeze(-1) * v[:, :, : w.shape[-1]]).sum(2))
+    torch.testing.assert_close(m(x), joined(m, torch.stack(rows, 2)))
+
+
+def test_the_running_mean_norms_queries_before_their_activation() -> None:
+    m, x = RunningMean(DIM, heads=HEADS, causal=True, qk_norm=torch.nn.RMSNorm).double(), tokens()
+    q, k, v = heads_of(m, x)
+    q, k = (t / (t.square().mean(-1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() for t in (q, k))
+    e = (silu(q) * k).sum(-1) / D**0.5
+    rows = [(e[..., : i + 1].softmax(-1).unsqueeze(-1) * v[:, :, : i + 1]).sum(2) for i in range(x.shape[1])]
     torch.testing.assert_close(m(x), joined(m, torch.stack(rows, 2)))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, LM, STREAMING, Card, register
+from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, LM, STREAMING, Card, Size, register
 from attnlab.models.skeletons.decoder import Decoder, DecoderState, SwiGLU
 from attnlab.nn.linear.running_mean import RunningMean
 from attnlab.nn.linear.taylor import TaylorAttention
@@ -18,6 +18,33 @@ from attnlab.positions import Rotary
 
 Variant = Literal["mlp", "approximate", "non_approximate", "random_maps", "fixed_maps", "static_maps"]
 VARIANTS = ("mlp", "approximate", "non_approximate", "random_maps", "fixed_maps", "static_maps")
+
+# Which layers, counted from 1, have standard attention: layer, depth → whether.
+LAYOUTS: dict[str, Callable[[int, int], bool]] = {
+    "uniform": lambda layer, depth: False,
+    "hybrid": lambda layer, depth: layer % 2 == 0,
+    "odd": lambda layer, depth: layer % 2 == 1,
+    "quarter": lambda layer, depth: layer % 4 == 0,
+    "top": lambda layer, depth: layer <= depth // 2,
+    "middle": lambda layer, depth: layer <= depth // 4 or layer > depth - depth // 4,
+    "bottom": lambda layer, depth: layer > depth // 2,
+    "first": lambda layer, depth: layer == 1,
+    "last": lambda layer, depth: layer == depth,
+    "bilateral": lambda layer, depth: layer in (1, depth),
+}
+
+
+def _size(params: int, dim: int, hidden: int, depth: int, heads: int, **more: Any) -> Size:
+    return Size(params, dict(vocabulary=50304, dim=dim, hidden=hidden, depth=depth, heads=heads, **more))
+
+
+# Widths and depths are the paper's; the counts, which it rounds, are those with an untied head and no biases.
+SIZES = {
+    "deconstructed_70m": _size(76_683_776, 512, 2048, 6, 8),
+    "deconstructed_160m": _size(190_532_352, 768, 3072, 12, 12),
+    "deconstructed_500m": _size(481_045_376, 896, 4864, 24, 14),
+    "deconstructed_1.7b": _size(1_732_895_744, 2048, 6144, 28, 16, qk_norm=True),
+}
 
 
 class NoMixing(nn.Module):
@@ -46,6 +73,7 @@ class NoMixing(nn.Module):
         cost="N², or N in layers that are mlp, approximate or non_approximate",
         state="layers + (0 if beside is None else len(blocks) * length * dim)",
         sample=dict(vocabulary=40, dim=24, depth=4, heads=2, variant="random_maps", layout="hybrid", length=64),
+        sizes=SIZES,
     )
 )
 class Deconstructed(Decoder):
@@ -66,15 +94,18 @@ class Deconstructed(Decoder):
 
     `layout="hybrid"` has the variant in layers 1, 3, 5, … (counted from 1) and standard attention between: nearly as
     good as attention everywhere, even where the variant alone fails. `skip()` leaves the variant's layers out.
+    `LAYOUTS` has the paper's other ones: standard attention in odd layers, in every fourth, at one or both ends; the
+    variant in the upper half ("top"), the middle or the lower half ("bottom").
     Source: arXiv 2510.11602.
 
     Args:
         variant: one of the table's, or None for standard attention.
-        layout: "uniform" or "hybrid".
+        layout: one of `LAYOUTS`; "uniform" has the variant in every layer.
         length: the longest text; also the length of the sequence beside it.
         fixed: for fixed_maps, the ids of the fixed text, at least `length` of them.
         form: of the approximate variant, "paper" or "taylor".
         sigma, seed: of the random sequence.
+        qk_norm: norm queries and keys per head, as the paper's largest models do: "non_approximate" then trains alone.
         Others as for `Decoder`.
     """
 
@@ -82,12 +113,13 @@ class Deconstructed(Decoder):
         self,
         *,
         variant: Variant | None = "random_maps",
-        layout: Literal["uniform", "hybrid"] = "uniform",
+        layout: str = "uniform",
         length: int = 2048,
         fixed: Sequence[int] | None = None,
         form: Literal["paper", "taylor"] = "paper",
         sigma: float = 1.0,
         seed: int = 0,
+        qk_norm: bool = False,
         dim: int,
         depth: int,
         heads: int = 8,
@@ -96,30 +128,34 @@ class Deconstructed(Decoder):
     ) -> None:
         if variant is not None and variant not in VARIANTS:
             raise ValueError(f"variant must be None or one of {', '.join(VARIANTS)}, got {variant!r}")
-        if layout not in ("uniform", "hybrid"):
-            raise ValueError(f"layout must be 'uniform' or 'hybrid', got {layout!r}")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         if dim % heads:
             raise ValueError(f"heads must divide dim = {dim}, got {heads}")
         position = Rotary(dim // heads, base=rope_base)
 
+        options: dict[str, Any] = dict(heads=heads, causal=True, qk_norm=nn.RMSNorm if qk_norm else None)
+        relaxed = [not LAYOUTS[layout](layer, depth) for layer in range(1, depth + 1)]
+
         def build(layer: int) -> nn.Module:
-            kind = variant if layout == "uniform" or layer % 2 == 0 else None
+            kind = variant if relaxed[layer] else None
             if kind == "mlp":
                 return NoMixing(dim)
             if kind == "approximate":
-                return TaylorAttention(dim, heads=heads, causal=True, form=form, position=position)
+                return TaylorAttention(dim, form=form, position=position, **options)
             if kind == "non_approximate":
-                return RunningMean(dim, heads=heads, causal=True)
-            kind_of_attention = MultiHead if kind is None else BorrowedMaps
-            return kind_of_attention(dim, heads=heads, causal=True, position=position)
+                return RunningMean(dim, **options)
+            return (MultiHead if kind is None else BorrowedMaps)(dim, position=position, **options)
 
         super().__init__(dim=dim, depth=depth, heads=heads, mixer=build, length=length, position="none", **keywords)
         self.variant, self.layout = variant, layout
+        self.relaxed = tuple(i for i in range(depth) if relaxed[i] and variant is not None)
         self.left_out: tuple[int, ...] = ()
         self.beside: Tensor | None
         if variant == "random_maps":
             generator = torch.Generator().manual_seed(seed)
-            beside = sigma * torch.randn(1, length, dim, generator=generator)
+            beside = sigma * torch.randn(1, length, dim, generator=generator, device="cpu")
+            beside = beside.to(self.embedding.weight.device)
         elif variant == "fixed_maps":
             if fixed is None or len(fixed) < length:
                 raise ValueError(
@@ -132,9 +168,9 @@ class Deconstructed(Decoder):
 
     def skip(self) -> Deconstructed:
         """Leave the variant's layers of a hybrid out from now on, mixer and feed-forward alike; returns the model."""
-        if self.layout != "hybrid":
-            raise ValueError("skip needs layout='hybrid': nothing would be left")
-        self.left_out = tuple(range(0, len(self.blocks), 2))
+        if len(self.relaxed) == len(self.blocks):
+            raise ValueError(f"skip needs a layout with standard layers, got {self.layout!r}: nothing would be left")
+        self.left_out = self.relaxed
         return self
 
     def initial_state(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from attnlab.cards import (
@@ -53,14 +54,22 @@ class RunningMean(MultiHead):
         e_j = SiLU(Wq x_j)·(Wk x_j)/√d        y_i = Wo · Σ_{j ≤ i} exp(e_j) v_j / Σ_{j ≤ i} exp(e_j)
 
     x (B, N, C) → (B, N, C), with the parameters of `MultiHead`; O(N) time. The state is one vector and two numbers per
-    head: sums relative to the largest score so far, so that nothing overflows. Alone it models language badly; every
-    second layer may be one at little loss. Source: arXiv 2510.11602, appendix (the 1/√d is this library's reading).
+    head: sums relative to the largest score so far, so that nothing overflows. Alone it models language badly, unless
+    norms of q and k (`qk_norm`) keep the scores from growing; every second layer may be one at little loss.
+    Source: arXiv 2510.11602, equation 7 (its appendix leaves out the 1/√d).
     """
 
     def __init__(
-        self, dim: int, *, heads: int = 8, head_dim: int | None = None, bias: bool = False, causal: bool = False
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int | None = None,
+        bias: bool = False,
+        causal: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
-        super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, causal=causal)
+        super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, causal=causal, qk_norm=qk_norm)
 
     def initial_state(  # type: ignore[override]
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

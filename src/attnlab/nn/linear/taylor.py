@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, NONCAUSAL_SELF, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import Owner
 from attnlab.nn.mechanism import join_heads
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern
 from attnlab.positions import Position
 from attnlab.scan import scan
+
+BLOCK = 128  # queries at a time, so that their scores stay in cache
+Sums = tuple[Tensor, ...]
+
+
+class Orders(NamedTuple):
+    """How many tokens there were, and the sums over them for each order that is normed alone."""
+
+    length: int
+    sums: Sums
+    owner: Owner
 
 
 @register(
@@ -26,6 +38,7 @@ from attnlab.scan import scan
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N D (paper), N D² (taylor)",
         growth=1.0,
+        state="heads * (head_dim + 1) * sum(rows)",
         sample=dict(heads=4, form="taylor"),
     )
 )
@@ -54,24 +67,20 @@ class TaylorAttention(MultiHead):
             raise ValueError(f"position must turn q and k, not add a bias, got {type(self.position).__name__}")
         self.form = form
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """What stands for q or k in each separately normalised sum."""
-        if self.form == "paper":
-            return [torch.ones_like(x[..., :1]), x, x.square() / 2**0.5]
-        x = x * self.head_dim**-0.25
-        square = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) / 2**0.5
-        return [torch.cat((torch.ones_like(x[..., :1]), x, square), -1)]
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """How many features each separately normalised sum has."""
+        d = self.head_dim
+        return (1, d, d) if self.form == "paper" else (1 + d + d * (d + 1) // 2,)
 
     def initial_state(  # type: ignore[override]
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[int, tuple[Tensor, ...]]:
-        """The number of tokens so far, and the sums of each order."""
+    ) -> Orders:
         super().initial_state(batch, device=device, dtype=dtype)
         weight = self.wqkv.weight
         dtype, device = torch.promote_types(dtype or weight.dtype, torch.float32), device or weight.device
-        d = self.head_dim
-        rows = (1, d, d) if self.form == "paper" else (1 + d + d * d,)
-        return 0, tuple(torch.zeros(batch, self.heads, r, d + 1, dtype=dtype, device=device) for r in rows)
+        shapes = [(batch, self.heads, rows, self.head_dim + 1) for rows in self.rows]
+        return Orders(0, tuple(torch.zeros(s, dtype=dtype, device=device) for s in shapes), self.owner(batch))
 
     def forward(
         self,
@@ -84,25 +93,60 @@ class TaylorAttention(MultiHead):
     ) -> Any:
         self.check(x)
         self.refuse(context=context, pattern=pattern)
-        if state is not None and not self.causal:
-            raise ValueError("streaming needs causal=True")
-        offset, before = (0, None) if state is None else state
+        if state is not None:
+            self.check_state(state, Orders, len(x))
+        offset, before = (0, None) if state is None else (state.length, state.sums)
         q, k, v = self.project(x, None, offset)
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         v = pad(v, (0, 1), value=1.0)  # one more channel, which sums the weights
-        total: Any = 0
-        after = []
-        for i, (fq, fk) in enumerate(zip(self.features(q), self.features(k), strict=True)):
-            if self.causal:
-                sums, last = scan(fq, fk, v, state=None if before is None else before[i])
-                after.append(last)
-            else:
-                sums = fq @ (fk.mT @ v)
-            total = total + sums[..., :-1] / _away_from_zero(sums[..., -1:])
-        y = self.wo(join_heads(total))
-        return y if state is None else (y, (offset + x.shape[1], tuple(after)))
+        sums = self.joint if self.form == "taylor" else self.apart
+        wide = torch.promote_types(v.dtype, torch.float32)
+        orders, after = sums(q.to(wide), k.to(wide), v.to(wide), before)
+        total = torch.stack([o[..., :-1] / _away_from_zero(o[..., -1:]) for o in orders]).sum(0)
+        y = self.wo(join_heads(total.to(q.dtype)))
+        return y if state is None else (y, Orders(offset + x.shape[1], after, state.owner))
+
+    def joint(self, q: Tensor, k: Tensor, v: Tensor, before: Sums | None) -> tuple[Sums, Sums]:
+        """Σ_j (1 + s + s²/2) v_j: pairs where they are near, features of the powers of q and k where they are far."""
+        q, k = q * self.head_dim**-0.25, k * self.head_dim**-0.25
+        n, rows = q.shape[2], self.rows[0]
+        if not self.causal:
+            return ((series(q @ k.mT) @ v if n <= rows else powers(q) @ (powers(k).mT @ v)),), ()
+        far, out = None if before is None else before[0], []
+        chunk = max(BLOCK, rows // BLOCK * BLOCK)  # as long as pairs cost no more than features
+        for start in range(0, n, BLOCK):
+            end, first = min(start + BLOCK, n), start // chunk * chunk
+            queries, keys, values = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
+            near = series(queries @ keys.mT).tril_(start - first) @ values
+            out.append(near if far is None else near + powers(queries) @ far)
+            if (end % chunk == 0 and end < n) or (end == n and before is not None):
+                written = powers(keys).mT @ values
+                far = written if far is None else far + written
+        return (torch.cat(out, 2),), () if before is None or far is None else (far,)
+
+    def apart(self, q: Tensor, k: Tensor, v: Tensor, before: Sums | None) -> tuple[Sums, Sums]:
+        """Σ_j v_j, Σ_j q·k v_j and Σ_j q̃·k̃ v_j."""
+        q, k = (torch.cat((t, t.square() / 2**0.5), 1) for t in (q, k))
+        if not self.causal:
+            first, second = (q @ (k.mT @ v.repeat(1, 2, 1, 1))).chunk(2, 1)
+            return (v.sum(2, keepdim=True).expand_as(v), first, second), ()
+        zeroth = v.cumsum(2) if before is None else v.cumsum(2) + before[0]
+        past = None if before is None else torch.cat(before[1:], 1)
+        both, last = scan(q, k, v.repeat(1, 2, 1, 1), state=past)
+        return (zeroth, *both.chunk(2, 1)), (zeroth[:, :, -1:], *last.chunk(2, 1))
+
+
+def series(s: Tensor) -> Tensor:
+    """1 + s + s²/2."""
+    return torch.addcmul(s, s, s, value=0.5).add_(1)
+
+
+def powers(x: Tensor) -> Tensor:
+    """Features of `x (..., D)` whose products are the series of x's products: 1, x_a, x_a x_b for a < b, x_a²/√2."""
+    a, b = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
+    return torch.cat((torch.ones_like(x[..., :1]), x, x[..., a] * x[..., b], x.square() / 2**0.5), -1)
 
 
 def _away_from_zero(x: Tensor, least: float = 1e-6) -> Tensor:
