@@ -117,15 +117,19 @@ def around(mixer: str, *, options: Mapping[str, Any] | None = None, **block: Any
 
 
 class Stage(nn.Module):
-    """Shrink the map (where there is a `downsample`), then run the blocks."""
+    """Shrink the map (where there is a `downsample`), then run the blocks, then the `norm`, if there is one."""
 
-    def __init__(self, downsample: nn.Module | None, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, downsample: nn.Module | None, blocks: Sequence[nn.Module], norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x if self.downsample is None else self.downsample(x))
+        x = self.blocks(x if self.downsample is None else self.downsample(x))
+        return x if self.norm is None else self.norm(x)
 
 
 class Pyramid(nn.Module):
@@ -142,6 +146,7 @@ class Pyramid(nn.Module):
         stem: image → map of `stem_dim` channels (default `dims[0]`); by default patches, `Downsample` of `strides[0]`.
         block: builds the block that stands at a `Place`; `around(name)` does it for any registered mechanism.
         downsample: builds what opens stage i ≥ 1 from (dim, out_dim, stride); None where blocks do it themselves.
+        stage_norm: builds, from a width, what closes each stage, so that `forward_features` gives it; None for none.
         norm: map → map of `head_dim` channels (default `dims[-1]`) before pooling; None for none.
         num_classes: 0 for no head: `forward` then returns the pooled features.
         drop_path: rate at the last block; rises linearly from 0.
@@ -158,6 +163,7 @@ class Pyramid(nn.Module):
         stem: nn.Module | None = None,
         stem_dim: int | None = None,
         downsample: Callable[[int, int, int], nn.Module] | None = Downsample,
+        stage_norm: Callable[[int], nn.Module] | None = None,
         norm: nn.Module | None = None,
         head_dim: int | None = None,
         in_channels: int = 3,
@@ -185,7 +191,8 @@ class Pyramid(nn.Module):
                 else Place(stage, index, dim, dim, 1, rate)
                 for index, rate in enumerate(islice(rates, depth))
             ]
-            self.stages.append(Stage(down, [block(place) for place in places]))
+            last = stage_norm(dim) if stage_norm is not None else None
+            self.stages.append(Stage(down, [block(place) for place in places], last))
         self.norm = norm
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(head_dim or dims[-1], num_classes) if num_classes else nn.Identity()
