@@ -141,6 +141,17 @@ def test_places_are_those_of_pooled_coordinates(grid: tuple[int, int], cells: tu
 
 
 @torch.no_grad()
+def test_only_the_direction_of_a_query_counts_and_outside_a_grid_nothing_weighs() -> None:
+    m, x = make(ratio=2), torch.randn(1, 12, DIM, dtype=torch.float64)
+    first = m(x, grid=(3, 4))
+    for p in (m.wqkv.weight, m.wqkv.bias):
+        p[:DIM] *= 3
+    torch.testing.assert_close(m(x, grid=(3, 4)), first)
+    bias = m.bias((3, 4), x)[:, 0, :9]  # of the corner's window
+    assert bias.isinf().sum(-1).tolist() == [5, 5]
+
+
+@torch.no_grad()
 def test_what_is_kept_without_gradients_follows_the_parameters_however_they_change() -> None:
     m, x = make(), torch.randn(1, 12, DIM, dtype=torch.float64)
     first = m(x, grid=(3, 4))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnlab.hub.official import official
+from attnlab.hub.official import official, transnext
 from attnlab.hub.official.llama import scaling
 from attnlab.hub.renaming import load, rename
 from attnlab.models.diffusion.dit import DiT
+from attnlab.models.vision.moh_vit import MoHViT
 from attnlab.nn.softmax.mixture_of_heads import MixtureOfHeads
 from attnlab.nn.spatial.aggregated import AggregatedAttention, CosineAttention
 from attnlab.positions import Rotary
 
 
-def router(params: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+def router(params: Mapping[str, Tensor], prefix: str) -> Tensor:
     """The rows of W1, Wg and W0, as far as they are there."""
     return torch.cat([params[p] for n in ("wg_1", "wg", "wg_0") if (p := f"{prefix}{n}.weight") in params])
 
@@ -28,9 +30,7 @@ class DiTAttention:
 
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {n: p for n, p in params.items() if not n.startswith("wg")}
-        names = {n: n.replace("qkv.", "wqkv.").replace("proj.", "wo.") for n in kept}
-        return {**{names[n]: p for n, p in kept.items()}, "router.weight": router(params)}
+        return with_routers(params, lambda rest: rename(rest, [(r"^qkv\.", "wqkv."), (r"^proj\.", "wo.")]))
 
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> MixtureOfHeads:
@@ -100,35 +100,18 @@ class LlamaAttention:
         return {"y": module(inputs["x"])}
 
 
-_PLACES = [
-    (r"^qkv\.", "wqkv."),
-    (r"^proj\.", "wo."),
-    (r"^sr\.", "reduce."),
-    (r"^learnable_tokens$", "window_tokens"),
-    (r"^learnable_bias$", "window_shift"),
-    (r"^relative_pos_bias_local$", "window_bias"),
-]
+def _gates(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(shared=arguments.get("shared_head", 0), routed=arguments.get("routed_head", 0))
 
 
-class OnGrid(nn.Module):
-    """The attention on the grid that the authors' constructor was given, with places as their models hand them over."""
-
-    def __init__(self, attention: CosineAttention, grid: Sequence[int]) -> None:
-        super().__init__()
-        self.attention, self.grid = attention, tuple(grid)
-
-    def forward(self, x: Tensor, index: Tensor, table: Tensor) -> Tensor:
-        return self.attention(x, grid=self.grid, places=(index.flatten(), table))
-
-
-def _grid_options(arguments: dict[str, Any], params: Mapping[str, Tensor]) -> dict[str, Any]:
-    return dict(
-        heads=len(params["temperature"]),
-        bias="qkv.bias" in params or "q.bias" in params,
-        shared=arguments.get("shared_head", 0),
-        routed=arguments.get("routed_head", 0),
-        dropout=arguments.get("attn_drop", 0.0),
-    )
+def with_routers(params: Mapping[str, Tensor], rest: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Any:
+    """`rest` names all but the routers' weights, which become one matrix each."""
+    parts = re.compile(r"(.*?)wg(_[01])?\.weight$")
+    prefixes = sorted({m[1] for n in params if (m := parts.match(n))})
+    renamed = rest({n: p for n, p in params.items() if not parts.match(n)})
+    for prefix in prefixes:
+        renamed.update(rest({f"{prefix}router.weight": router(params, prefix)}))
+    return renamed
 
 
 @official("SkyworkAI/MoH", "Attention", ours=CosineAttention)
@@ -137,26 +120,17 @@ class ViTAttention:
 
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        params = dict(params)
-        gates = router(params)
-        if "q.weight" in params:
-            for end in ("weight", "bias"):
-                if f"q.{end}" in params:
-                    params[f"qkv.{end}"] = torch.cat((params.pop(f"q.{end}"), params.pop(f"kv.{end}")))
-            params["sr.weight"] = params["sr.weight"].flatten(1)  # a convolution of one place
-        buffers = ("wg", "seq_length_scale", "padding_mask")
-        kept = {n: p for n, p in params.items() if not n.startswith(buffers)}
-        return {**rename(kept, _PLACES), "router.weight": gates}
+        return with_routers(params, transnext.Attention.rename)
 
     @staticmethod
-    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> OnGrid:
-        module = CosineAttention(len(params["proj.bias"]), **_grid_options(arguments, params))
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> transnext.OnGrid:
+        module = CosineAttention(
+            len(params["proj.bias"]), **transnext.attention_options(arguments, params), **_gates(arguments)
+        )
         load(module, ViTAttention.rename(params))
-        return OnGrid(module, arguments["input_resolution"])
+        return transnext.OnGrid(module, arguments["input_resolution"])
 
-    @staticmethod
-    def run(module: OnGrid, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"y": module(inputs["x"], inputs["relative_pos_index"], inputs["relative_coords_table"])}
+    run = staticmethod(transnext.Attention.run)
 
 
 @official("SkyworkAI/MoH", "AggregatedAttention", ours=AggregatedAttention)
@@ -167,16 +141,15 @@ class ViTAggregated:
     run = staticmethod(ViTAttention.run)
 
     @staticmethod
-    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> OnGrid:
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> transnext.OnGrid:
         module = AggregatedAttention(
             len(params["proj.bias"]),
-            window=arguments.get("window_size", 3),
-            ratio=arguments.get("sr_ratio", 1),
-            pool=arguments.get("fixed_pool_size"),
-            **_grid_options(arguments, params),
+            **transnext.window_options(arguments),
+            **transnext.attention_options(arguments, params),
+            **_gates(arguments),
         )
         load(module, ViTAttention.rename(params))
-        return OnGrid(module, arguments["input_resolution"])
+        return transnext.OnGrid(module, arguments["input_resolution"])
 
 
 _DIT = [
@@ -200,10 +173,7 @@ class WholeDiT:
 
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        gates = {}
-        for prefix in sorted({n.split("wg")[0] for n in params if ".wg" in n}):
-            gates[f"{prefix.replace('attn.', 'attention.')}router.weight"] = router(params, prefix)
-        return {**rename({n: p for n, p in params.items() if ".wg" not in n}, _DIT), **gates}
+        return with_routers(params, lambda rest: rename(rest, _DIT))
 
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> DiT:
@@ -229,3 +199,24 @@ class WholeDiT:
     @staticmethod
     def run(module: DiT, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"y": module(inputs["x"], inputs["t"], inputs["y"])}
+
+
+@official("SkyworkAI/MoH", "TransNeXt", ours=MoHViT)
+class WholeViT:
+    """Images to logits. Heads are counted per stage, and there is a router in every layer."""
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return with_routers(params, transnext.TransNeXt.rename)
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> MoHViT:
+        net = MoHViT(
+            **transnext.network_options(arguments),
+            shared=arguments.get("shared_head", (1, 2, 4, 8)),
+            routed=arguments.get("routed_head", (0, 0, 0, 0)),
+        )
+        load(net, WholeViT.rename(params))
+        return net
+
+    run = staticmethod(transnext.TransNeXt.run)
