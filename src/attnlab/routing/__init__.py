@@ -3,6 +3,7 @@
 attend(q, k, v, route=TopKBlocks(8, block=256))              the 8 blocks of keys that suit each block of queries
 attend(q, k, v, route=ThresholdBlocks(0.25, block=64))       as many blocks as hold a quarter of the score
 attend(q, k, v, route=Clusters(16))                          keys and queries that fall into one cluster
+attend(q, k, v, route=ProxyHeads(0.95))                      blocks of the past that an averaged head looks at
 
 A route only chooses: gradients flow through the attention over what it chose, not through the choice. Scores are
 always formed in at least float32, unscaled.
@@ -11,6 +12,7 @@ always formed in at least float32, unscaled.
 from attnlab.routing.blocks import Chosen, Partition, Route, Routed
 from attnlab.routing.budgets import BlockRoute, Scope, ThresholdBlocks, TopKBlocks, block_scores, candidates
 from attnlab.routing.clusters import Clustered, Clusters, kmeans
+from attnlab.routing.proxy import ProxyHeads
 
 __all__ = [
     "BlockRoute",
@@ -18,6 +20,7 @@ __all__ = [
     "Clustered",
     "Clusters",
     "Partition",
+    "ProxyHeads",
     "Route",
     "Routed",
     "Scope",
