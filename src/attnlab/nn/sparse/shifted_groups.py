@@ -54,6 +54,8 @@ class ShiftedGroups(MultiHead):
         Others as for `MultiHead`; a position may turn queries and keys, not add a bias.
     """
 
+    causal_only = "it trains language models"
+
     def __init__(
         self,
         dim: int,
@@ -66,9 +68,7 @@ class ShiftedGroups(MultiHead):
         causal: bool = True,
         **keywords: Any,
     ) -> None:
-        if not causal:
-            raise ValueError("causal must be True: it is a way to train language models")
-        super().__init__(dim, causal=True, **keywords)
+        super().__init__(dim, causal=causal, **keywords)
         if isinstance(group, int) and (group < 2 or group % 2):
             raise ValueError(f"group must be even and at least 2, got {group}")
         if isinstance(group, float) and not 0 < group <= 1:
