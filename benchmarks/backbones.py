@@ -1,13 +1,15 @@
 """Our image backbones beside the same ones in timm: inference and training on CPU, in one run, in turns.
 
-    python benchmarks/backbones.py [--threads 2] [--repeats 10]
+    python benchmarks/backbones.py [--threads 2] [--seconds 3] [--image 224,448] [--batch 1,8] [--only focalnet_tiny_srf]
 
-Prints the shortest time of each and timm's time over ours: above 1, ours is faster.
+Prints the shortest time of each and timm's time over ours (above 1, ours is faster), and the geometric means.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -53,23 +55,27 @@ PAIRS: dict[str, Callable[[Any], nn.Module]] = {
     "eca_resnet50": timm_eca_resnet50,
     "deit_small_patch16_224": lambda timm: timm.create_model("deit_small_patch16_224"),
     "volo_d1": lambda timm: timm.create_model("volo_d1_224"),
+    "haloregnetz_b": lambda timm: timm.create_model("haloregnetz_b"),
+    "convit_small": lambda timm: timm.create_model("convit_small"),
 }
 
 
-def in_turns(calls: list[Callable[[], object]], repeats: int) -> list[float]:
+def in_turns(calls: list[Callable[[], object]], seconds: float) -> list[float]:
     """The shortest time of each call in milliseconds; they take turns, so that a busy moment hits all of them."""
     shortest = [float("inf")] * len(calls)
-    for repeat in range(repeats + 1):
+    begin, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - begin < seconds:  # the first round warms up
         for i, call in enumerate(calls):
             start = time.perf_counter()
             call()
-            if repeat:  # the first round warms up
+            if rounds:
                 shortest[i] = min(shortest[i], time.perf_counter() - start)
+        rounds += 1
     return [1e3 * s for s in shortest]
 
 
-def infer(net: nn.Module, batch: int) -> Callable[[], object]:
-    x = torch.randn(batch, 3, 224, 224)
+def infer(net: nn.Module, batch: int, size: int) -> Callable[[], object]:
+    x = torch.randn(batch, 3, size, size)
 
     def call() -> None:
         net.eval()
@@ -79,8 +85,8 @@ def infer(net: nn.Module, batch: int) -> Callable[[], object]:
     return call
 
 
-def train(net: nn.Module, batch: int) -> Callable[[], object]:
-    x = torch.randn(batch, 3, 224, 224)
+def train(net: nn.Module, batch: int, size: int) -> Callable[[], object]:
+    x = torch.randn(batch, 3, size, size)
 
     def call() -> None:
         net.train()
@@ -92,25 +98,41 @@ def train(net: nn.Module, batch: int) -> Callable[[], object]:
     return call
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each comparison, and three rounds at least")
+    parser.add_argument("--image", type=numbers, default=[224])
+    parser.add_argument("--batch", type=numbers, default=[1, 8])
     parser.add_argument("--only", help="the name of one backbone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     timm = load_timm()
     if isinstance(timm, str):
         print(f"timm is absent ({timm}): only our own times")
-    print(f"{'backbone':<20} {'work':<20} {'ours':>9} {'timm':>9}   timm / ours")
-    for name, peer in PAIRS.items():
+    print(f"{'backbone':<24} {'work':<26} {'ours':>9} {'timm':>9}   timm / ours")
+    ratios: dict[str, list[float]] = {}
+    for (name, peer), size in itertools.product(PAIRS.items(), options.image):
         if options.only not in (None, name):
             continue
-        nets = [attnlab.build(name)] + ([] if isinstance(timm, str) else [peer(timm)])
-        for work, make, batch in (("inference", infer, 1), ("inference", infer, 8), ("training", train, 4)):
-            times = in_turns([make(net, batch) for net in nets], max(options.repeats // batch, 3))
-            theirs = f"{times[1]:>6.0f} ms   {times[1] / times[0]:.2f}×" if len(times) > 1 else "  absent"
-            print(f"{name:<20} {f'{work}, batch {batch}':<20} {times[0]:>6.0f} ms {theirs}", flush=True)
+        try:
+            nets = [attnlab.build(name)] + ([] if isinstance(timm, str) else [peer(timm)])
+            for (work, make), batch in itertools.product(
+                {"inference": infer, "training": train}.items(), options.batch
+            ):
+                times = in_turns([make(net, batch, size) for net in nets], options.seconds)
+                theirs = f"{times[1]:>6.0f} ms   {times[1] / times[0]:.2f}×" if len(times) > 1 else "  absent"
+                print(f"{name:<24} {f'{work}, {size}², batch {batch}':<26} {times[0]:>6.0f} ms {theirs}", flush=True)
+                if len(times) > 1:
+                    ratios.setdefault(work, []).append(times[1] / times[0])
+        except (ValueError, AssertionError) as error:  # a size that one of the two does not take
+            print(f"{name:<24} {size}²: {str(error)[:80]}", flush=True)
+    for work, found in ratios.items():
+        print(f"{work}: geometric mean {statistics.geometric_mean(found):.2f}×, least {min(found):.2f}×")
 
 
 if __name__ == "__main__":
