@@ -124,12 +124,20 @@ class Fold(torch.autograd.Function):
     def forward(ctx: Any, windows: Tensor, grid: tuple[int, int], kernel: int, stride: int, padding: int) -> Tensor:
         batch, down, across, heads, _, width = windows.shape
         ctx.rest = (heads, kernel, stride, padding)
-        out = windows.new_zeros(batch, grid[0] + 2 * padding, grid[1] + 2 * padding, heads, width)
-        for slot in range(kernel * kernel):
-            i, j = divmod(slot, kernel)
-            rows = slice(i, i + stride * (down - 1) + 1, stride)
-            columns = slice(j, j + stride * (across - 1) + 1, stride)
-            out[:, rows, columns] += windows[:, :, :, :, slot]
+        windows = windows.unflatten(4, (kernel, kernel)).permute(0, 1, 4, 2, 5, 3, 6)
+        # Pieces of windows that are `stride` wide do not overlap: all windows' pieces at one place add up at once.
+        pieces = range(0, kernel, stride)
+        height, length = (n + len(pieces) - 1 for n in (down, across))
+        out = windows.new_zeros(batch, height, stride, length, stride, heads, width)
+        for i in pieces:
+            for j in pieces:
+                piece = windows[:, :, i : i + stride, :, j : j + stride]
+                rows, columns = slice(i // stride, i // stride + down), slice(j // stride, j // stride + across)
+                out[:, rows, : piece.shape[2], columns, : piece.shape[4]] += piece
+        out = out.flatten(3, 4).flatten(1, 2)
+        edges = [grid[axis] + padding - out.shape[axis + 1] for axis in (0, 1)]
+        if max(edges) > 0:  # windows need not reach the end of the map
+            out = F.pad(out, (0, 0, 0, 0, 0, max(edges[1], 0), 0, max(edges[0], 0)))
         return out[:, padding : padding + grid[0], padding : padding + grid[1]].flatten(3)
 
     @staticmethod
