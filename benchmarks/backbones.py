@@ -1,6 +1,6 @@
 """Our image backbones beside the same ones in timm: inference and training on CPU, in one run, in turns.
 
-    python benchmarks/backbones.py [--threads 2] [--seconds 3] [--image 224,448] [--batch 1,8] [--only focalnet_tiny_srf]
+    python benchmarks/backbones.py [--threads 2] [--seconds 3] [--image 224,448] [--batch 1,8] [--only volo_d1]
 
 Prints the shortest time of each and timm's time over ours (above 1, ours is faster), and the geometric means.
 """
@@ -98,6 +98,9 @@ def train(net: nn.Module, batch: int, size: int) -> Callable[[], object]:
     return call
 
 
+WORKS = {"inference": infer, "training": train}
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -121,9 +124,7 @@ def main() -> None:
             continue
         try:
             nets = [attnlab.build(name)] + ([] if isinstance(timm, str) else [peer(timm)])
-            for (work, make), batch in itertools.product(
-                {"inference": infer, "training": train}.items(), options.batch
-            ):
+            for (work, make), batch in itertools.product(WORKS.items(), options.batch):
                 times = in_turns([make(net, batch, size) for net in nets], options.seconds)
                 theirs = f"{times[1]:>6.0f} ms   {times[1] / times[0]:.2f}×" if len(times) > 1 else "  absent"
                 print(f"{name:<24} {f'{work}, {size}², batch {batch}':<26} {times[0]:>6.0f} ms {theirs}", flush=True)
