@@ -24,6 +24,7 @@ class Kind(str, Enum):
     FEATURES = "features"  # (B, C, *spatial) → the same
     BACKBONE = "backbone"  # images → logits or feature maps
     LM = "lm"  # token ids → logits
+    DENOISER = "denoiser"  # noisy images, times and classes → the noise
     OPERATOR = "operator"  # a function or module with shapes of its own, which its docstring gives
     RECIPE = "recipe"
     LENS = "lens"
@@ -53,7 +54,8 @@ class Capability(Flag):
 
 
 TOKENS, FEATURES, BACKBONE, LM = Kind.TOKENS, Kind.FEATURES, Kind.BACKBONE, Kind.LM
-OPERATOR, RECIPE, LENS, BENCHMARK = Kind.OPERATOR, Kind.RECIPE, Kind.LENS, Kind.BENCHMARK
+DENOISER, OPERATOR, RECIPE = Kind.DENOISER, Kind.OPERATOR, Kind.RECIPE
+LENS, BENCHMARK = Kind.LENS, Kind.BENCHMARK
 NONCAUSAL_SELF, CAUSAL_SELF = Capability.NONCAUSAL_SELF, Capability.CAUSAL_SELF
 NONCAUSAL_CROSS, CAUSAL_CROSS = Capability.NONCAUSAL_CROSS, Capability.CAUSAL_CROSS
 ALL_FOUR, PERMUTATION_EQUIVARIANT = Capability.ALL_FOUR, Capability.PERMUTATION_EQUIVARIANT
@@ -75,7 +77,7 @@ class Card:
 
     Beside the obvious: `growth` is the exponent with which FLOPs grow in the number of tokens; `sample` holds the
     constructor keywords (beside `dim`) with which tests and studies build the thing, and `probe` the input size that a
-    network takes then, (height, width) or (length,); `grid_axes` is the number of axes of a mechanism's grid. `limit`,
+    network takes then, (height, width), (length,) or, of a denoiser, (channels, height, width); `grid_axes` is the number of axes of a mechanism's grid. `limit`,
     for an EXACT claim, builds it as `limit(dim, grid)` where it equals `MultiHead` with the same `wqkv` and `wo`.
     `state`, of a STREAMING one, says how many numbers are kept for each sequence after N tokens: arithmetic of N and of
     the attributes of the thing, or of `layers`, what the layers of a network keep.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnlab.cards import BACKBONE, CAUSAL_SELF, STREAMING, Card
+from attnlab.cards import BACKBONE, CAUSAL_SELF, DENOISER, STREAMING, Card
 from conformance.claims import check_size, close, shake
 
 
@@ -32,6 +32,13 @@ class Network:
             return torch.randn(batch, 3, *(self.card.probe or (64, 64)))
         return torch.randint(0, 40, (batch, *(self.card.probe or (12,))))
 
+    def inputs(self, batch: int = 2) -> tuple[Tensor, ...]:
+        """All that a call takes: for a denoiser a noisy image, its time and its class."""
+        if self.card.kind is not DENOISER:
+            return (self.input(batch),)
+        torch.manual_seed(1)
+        return torch.randn(batch, *self.card.probe), 1000 * torch.rand(batch), torch.randint(0, 5, (batch,))
+
 
 def has_the_published_sizes(network: Network) -> None:
     for name, size in network.card.sizes.items():
@@ -43,13 +50,13 @@ def has_the_published_sizes(network: Network) -> None:
 
 
 def treats_each_sample_alone(network: Network) -> None:
-    module, x = network.build(), network.input(3)
-    close(module(x[1:2]), module(x)[1:2], 1e-4)
+    module, inputs = network.build(), network.inputs(3)
+    close(module(*(x[1:2] for x in inputs)), module(*inputs)[1:2], 1e-4)
 
 
 def trains_every_parameter(network: Network) -> None:
     module = network.build().train()
-    out = module(network.input(4))
+    out = module(*network.inputs(4))
     outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor) and o.requires_grad]
     sum(o.float().pow(2).sum() for o in outputs).backward()
     idle = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
@@ -57,26 +64,26 @@ def trains_every_parameter(network: Network) -> None:
 
 
 def survives_a_round_trip(network: Network) -> None:
-    module, x, file = network.build(), network.input(), io.BytesIO()
+    module, inputs, file = network.build(), network.inputs(), io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
     other = network.target(**network.card.sample).eval()
     other.load_state_dict(torch.load(file, weights_only=True))
-    close(other(x), module(x), 0.0)
+    close(other(*inputs), module(*inputs), 0.0)
 
 
 def compiles(network: Network) -> None:
-    module, x = network.build(), network.input()
+    module, inputs = network.build(), network.inputs()
     torch.compiler.reset()
     try:
         with torch.no_grad():
-            traced = torch.compile(copy.deepcopy(module), fullgraph=True, backend="eager")(x)
+            traced = torch.compile(copy.deepcopy(module), fullgraph=True, backend="eager")(*inputs)
     except Exception as error:
         reason = network.card.compiles
         assert reason, f"it fails, and the card gives no reason: {type(error).__name__}: {str(error)[:500]}"
         return
     assert not network.card.compiles, f"it works, but the card says that it does not: {network.card.compiles}"
-    close(traced, module(x), 1e-4)
+    close(traced, module(*inputs), 1e-4)
 
 
 def gives_features_at_its_strides(network: Network) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from attnlab.cards import BACKBONE, FEATURES, LM, TOKENS, entries
+from attnlab.cards import BACKBONE, DENOISER, FEATURES, LM, TOKENS, entries
 from conformance import networks
 from conformance.claims import Subject, claims_of
 
 MECHANISMS = [(e, check) for e in entries() if e.card.kind in (TOKENS, FEATURES) for check in claims_of(e.card)]
-NETWORKS = [(e, check) for e in entries() if e.card.kind in (BACKBONE, LM) for check in networks.CHECKS]
+KINDS = (BACKBONE, LM, DENOISER)
+NETWORKS = [(e, check) for e in entries() if e.card.kind in KINDS for check in networks.CHECKS]
 
 
 @pytest.mark.parametrize(("entry", "check"), MECHANISMS, ids=[f"{e.card.name}-{c.__name__}" for e, c in MECHANISMS])

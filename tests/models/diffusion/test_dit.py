@@ -26,7 +26,7 @@ def inputs(batch: int = 2) -> tuple[torch.Tensor, ...]:
 def test_sizes_are_the_authors(letter: str, millions: float) -> None:
     for share in (90, 75):
         with torch.device("meta"):
-            model = DiT(**SIZES[f"moh_dit_{letter}2_{share}"])
+            model = DiT(**SIZES[f"moh_dit_{letter}2_{share}"].arguments)
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
 
 

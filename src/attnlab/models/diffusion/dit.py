@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from attnlab.cards import DENOISER, Card, Size, register
 from attnlab.models.skeletons.parts import MLP
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.softmax.mixture_of_heads import MixtureOfHeads
@@ -58,6 +59,47 @@ class DiTBlock(nn.Module):
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2)))
 
 
+def _size(params: int, dim: int, heads: list[int], shared: list[int], routed: list[int], head_dim: int | None) -> Size:
+    each = dict(heads=heads, shared=shared, routed=routed)
+    return Size(params, dict(dim=dim, depth=len(heads), head_dim=head_dim, **each))
+
+
+# MoH-DiT's, by the share of heads that a token uses, in percent. The later blocks of the larger two have more heads.
+SIZES = {
+    "moh_dit_s2_90": _size(32_997_152, 384, [6] * 12, [3] * 8 + [6] * 4, [2] * 8 + [0] * 4, None),
+    "moh_dit_s2_75": _size(32_998_688, 384, [6] * 12, [2] * 2 + [3] * 8 + [6] * 2, [1] * 6 + [2] * 4 + [0] * 2, None),
+    "moh_dit_b2_90": _size(130_638_368, 768, [12] * 12, [6] * 5 + [7] * 5 + [12] * 2, [4] * 10 + [0] * 2, None),
+    "moh_dit_b2_75": _size(
+        130_638_368, 768, [12] * 12, [4] * 2 + [6] * 8 + [12] * 2, [2] * 2 + [3] * 8 + [0] * 2, None
+    ),
+    "moh_dit_l2_90": _size(
+        458_512_416, 1024, [8] * 8 + [16] * 8 + [24] * 8, [8] * 8 + [16] * 16, [0] * 16 + [3] * 8, 64
+    ),
+    "moh_dit_l2_75": _size(
+        458_528_800, 1024, [8] * 8 + [16] * 8 + [24] * 8, [8] * 16 + [12] * 8, [0] * 8 + [4] * 16, 64
+    ),
+    "moh_dit_xl2_90": _size(
+        675_666_464, 1152, [8] * 9 + [16] * 10 + [24] * 9, [8] * 9 + [16] * 19, [0] * 19 + [3] * 9, 72
+    ),
+    "moh_dit_xl2_75": _size(
+        675_689_504, 1152, [8] * 9 + [16] * 10 + [24] * 9, [8] * 9 + [10] * 10 + [14] * 9, [0] * 9 + [2] * 19, 72
+    ),
+}
+
+
+@register(
+    Card(
+        name="dit",
+        title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
+        paper="2410.11842",
+        family="softmax",
+        kind=DENOISER,
+        cost="N²",
+        sample=dict(size=8, dim=24, depth=2, heads=6, shared=[2, 6], routed=[2, 0], classes=5, mlp_ratio=2.0),
+        probe=(4, 8, 8),
+        sizes=SIZES,
+    )
+)
 class DiT(nn.Module):
     """Predicts noise (and its variance) of a latent image, given the time and the class.
 
@@ -152,22 +194,3 @@ class DiT(nn.Module):
         side = self.size // self.patch
         pixels = tokens.unflatten(1, (side, side)).unflatten(-1, (self.patch, self.patch, -1))
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.size, self.size)
-
-
-def _blocks(dim: int, heads: list[int], shared: list[int], routed: list[int], head_dim: int | None) -> dict[str, Any]:
-    return dict(dim=dim, depth=len(heads), heads=heads, shared=shared, routed=routed, head_dim=head_dim)
-
-
-# MoH-DiT's, by the share of heads that a token uses, in percent. The later blocks of the larger two have more heads.
-SIZES: dict[str, dict[str, Any]] = {
-    "moh_dit_s2_90": _blocks(384, [6] * 12, [3] * 8 + [6] * 4, [2] * 8 + [0] * 4, None),
-    "moh_dit_s2_75": _blocks(384, [6] * 12, [2] * 2 + [3] * 8 + [6] * 2, [1] * 6 + [2] * 4 + [0] * 2, None),
-    "moh_dit_b2_90": _blocks(768, [12] * 12, [6] * 5 + [7] * 5 + [12] * 2, [4] * 10 + [0] * 2, None),
-    "moh_dit_b2_75": _blocks(768, [12] * 12, [4] * 2 + [6] * 8 + [12] * 2, [2] * 2 + [3] * 8 + [0] * 2, None),
-    "moh_dit_l2_90": _blocks(1024, [8] * 8 + [16] * 8 + [24] * 8, [8] * 8 + [16] * 16, [0] * 16 + [3] * 8, 64),
-    "moh_dit_l2_75": _blocks(1024, [8] * 8 + [16] * 8 + [24] * 8, [8] * 16 + [12] * 8, [0] * 8 + [4] * 16, 64),
-    "moh_dit_xl2_90": _blocks(1152, [8] * 9 + [16] * 10 + [24] * 9, [8] * 9 + [16] * 19, [0] * 19 + [3] * 9, 72),
-    "moh_dit_xl2_75": _blocks(
-        1152, [8] * 9 + [16] * 10 + [24] * 9, [8] * 9 + [10] * 10 + [14] * 9, [0] * 9 + [2] * 19, 72
-    ),
-}
