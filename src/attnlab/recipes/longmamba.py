@@ -214,6 +214,7 @@ def _with_response(mask: Tensor, response: int) -> Tensor:
         name="longmamba",
         title="LongMamba: Enhancing Mamba's Long Context Capabilities via Training-Free Receptive Field Enlargement",
         paper="2504.16053",
+        system="longmamba",
         family="linear",
         kind=RECIPE,
     )
@@ -240,7 +241,7 @@ def longmamba(
     are changed, so that single decoding steps never are. Source: arXiv 2504.16053.
 
     Args:
-        model: has `Mamba` or `Mamba2` layers.
+        model: has `Mamba` or `Mamba2` layers, as `mamba_lm` and `zamba2` do.
         calibrations: of its layers by name, from `calibrate`.
         cutoff: the paper's c, tuned for each model; at 1 or above no channel is global.
         strength: the paper's b; a factor of thresholds, shares or sums, by method.

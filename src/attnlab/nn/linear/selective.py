@@ -42,6 +42,7 @@ class Selective(Mechanism):
 
     a_log: nn.Parameter
     steps: int  # how many steps Δ each token has
+    least_step = 0.0
     causal_only = "its state runs along the tokens"
 
     def __init__(self, dim: int, *, expand: int, states: int, causal: bool) -> None:
@@ -59,6 +60,8 @@ class Selective(Mechanism):
     def _steps(self, raw: Tensor) -> Tensor:
         """Δ = softplus(raw), filtered: `(B, N, channels)` in at least float32."""
         delta = softplus(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+        if self.least_step:
+            delta = delta.clamp(min=self.least_step)
         return delta if self.step_filter is None else self.step_filter(delta)
 
 
@@ -67,6 +70,7 @@ class Selective(Mechanism):
         name="mamba",
         title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
         paper="2312.00752",
+        system="longmamba",
         family="linear",
         kind=TOKENS,
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
@@ -161,6 +165,7 @@ class Mamba(Selective):
         title="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
         "Duality",
         paper="2405.21060",
+        system="longmamba",
         family="linear",
         kind=TOKENS,
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
@@ -186,6 +191,7 @@ class Mamba2(Selective):
         states: S, the width of b and c.
         head_dim: P, which divides E.
         groups: pairs b, c; each serves heads that follow each other, which are normed together.
+        least_step: shorter steps Δ are made this long (in Zamba2; a filter comes after).
         expand, conv, conv_bias, bias: as for `Mamba`.
     """
 
@@ -201,9 +207,13 @@ class Mamba2(Selective):
         conv_bias: bool = True,
         bias: bool = False,
         norm_eps: float = 1e-5,
+        least_step: float = 0.0,
         causal: bool = True,
     ) -> None:
         super().__init__(dim, expand=expand, states=states, causal=causal)
+        if least_step < 0:
+            raise ValueError(f"least_step must be 0 or more, got {least_step}")
+        self.least_step = least_step
         if head_dim < 1 or self.inner % head_dim:
             raise ValueError(f"head_dim must divide expand · dim = {self.inner}, got {head_dim}")
         self.heads, self.groups = self.inner // head_dim, groups
