@@ -102,5 +102,5 @@ def test_bad_arguments_are_named():
         with pytest.raises(ValueError, match=words):
             make(**keywords)
     other = make(heads=2)
-    with pytest.raises(ValueError, match="state belongs to another model: .*heads = 2, not 4"):
+    with pytest.raises(ValueError, match=r"state belongs to another model: .*heads = 2, not 4"):
         make()(torch.randint(64, (1, 3)), other.initial_state(1))
