@@ -22,6 +22,7 @@ LENGTH, BATCH = 96, 16
 VARIANTS: dict[str, dict] = {
     "standard": dict(variant=None),
     "approximate": dict(variant="approximate", form="paper"),
+    "  as printed": dict(variant="approximate", form="paper", floor=0.0),
     "  as a true series": dict(variant="approximate", form="taylor"),
     "static maps": dict(variant="static_maps"),
     "fixed maps": dict(variant="fixed_maps"),

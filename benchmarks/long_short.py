@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -108,9 +108,10 @@ def spikes(losses: list[float], before: int = 50) -> int:
     return count
 
 
-def task(seeds: int, steps: int) -> None:
+def task(seeds: int, steps: int, lengths: Sequence[int]) -> None:
     print(
-        f"a random function of {REACH} tokens of {LETTERS} kinds; 2 layers of 4 heads of 8; {steps} steps of 2048 tokens"
+        f"a random function of {REACH} tokens of {LETTERS} kinds; 2 layers of 4 heads of 8; "
+        f"{steps} steps of 2048 tokens, {seeds} seeds"
     )
     print(f"{'':22}{'largest |logit|':>16} {'(local,':>10} {'global)':>8} {'accuracy':>10}")
     table = torch.from_numpy(np.random.default_rng(0).integers(0, LETTERS, LETTERS**REACH))
@@ -121,7 +122,7 @@ def task(seeds: int, steps: int) -> None:
         near = F.pad(ids, (REACH - 1, 0)).unfold(1, REACH, 1)
         return ids, table[(near * places).sum(-1)]
 
-    for length in (64, 128, 256, 512):
+    for length in lengths:
         for name, span in (("full", None), ("long-short, span 8", 8)):
             rows = []
             for seed in range(seeds):
@@ -183,13 +184,14 @@ def text(seeds: int, steps: int, rate: float, length: int = 512) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("task", "text", "both"), default="both")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[64, 128, 256, 512])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=1e-2)
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)  # weights that are all but zero cost tenfold otherwise
     if arguments.part != "text":
-        task(arguments.seeds, arguments.steps)
+        task(arguments.seeds, arguments.steps, arguments.lengths)
     if arguments.part != "task":
         text(arguments.seeds, arguments.steps, arguments.rate)
 

@@ -27,13 +27,20 @@ def joined(m, heads: Tensor) -> Tensor:
     return m.wo(heads.transpose(1, 2).reshape(heads.shape[0], heads.shape[2], DIM))
 
 
-def taylor_matrices(q: Tensor, k: Tensor, form: str, causal: bool) -> list[Tensor]:
+def taylor_matrices(q: Tensor, k: Tensor, form: str, causal: bool, floor: float = 0.5) -> list[Tensor]:
     """The weights of each separately normalised part, N × N."""
     seen = torch.ones(q.shape[2], k.shape[2], dtype=q.dtype)
     seen = seen.tril() if causal else seen
     s = q @ k.mT / D**0.5
-    parts = [1 + s + s**2 / 2] if form == "taylor" else [torch.ones_like(s), q @ k.mT, (q**2 @ (k**2).mT) / 2]
-    return [(p * seen) / (p * seen).sum(-1, keepdim=True) for p in parts]
+    if form == "taylor":
+        parts = [1 + s + s**2 / 2]
+    else:
+        parts = [torch.ones_like(s), q @ k.mT, (q**2 @ (k**2).mT) / 2]
+    totals = [(p * seen).sum(-1, keepdim=True) for p in parts]
+    if form == "paper":
+        size = q.norm(dim=-1, keepdim=True) * (seen @ (k**2).sum(-1, keepdim=True) * seen.sum(-1, keepdim=True)) ** 0.5
+        totals[1] = totals[1].sign() * totals[1].abs().maximum(floor * size)
+    return [p * seen / total for p, total in zip(parts, totals, strict=True)]
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -42,6 +49,16 @@ def test_taylor_equals_its_matrices(form: str, causal: bool) -> None:
     m, x = TaylorAttention(DIM, heads=HEADS, form=form, causal=causal).double(), tokens()
     q, k, v = heads_of(m, x)
     torch.testing.assert_close(m(x), joined(m, sum(a @ v for a in taylor_matrices(q, k, form, causal))))
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+def test_the_first_orders_sum_is_kept_away_from_zero_by_a_share_of_what_it_could_be(floor: float) -> None:
+    m, x = TaylorAttention(DIM, heads=HEADS, form="paper", floor=floor, causal=True).double(), tokens()
+    q, k, v = heads_of(m, x)
+    matrices = taylor_matrices(q, k, "paper", True, floor)
+    torch.testing.assert_close(m(x), joined(m, sum(a @ v for a in matrices)))
+    share = matrices[1].sum(-1).abs()  # 1 where it was large enough
+    assert share.max() <= 1 + 1e-9 and ((share < 0.99).any() == (floor > 0))
 
 
 def test_features_of_powers_multiply_to_the_series() -> None:
@@ -87,11 +104,14 @@ def test_taylor_streams_with_rotary_positions(form: str) -> None:
     assert state[0] == 9
 
 
-def test_the_first_orders_denominator_stays_away_from_zero() -> None:
+@pytest.mark.parametrize("zero", [slice(0, DIM), slice(DIM, 2 * DIM)])
+def test_queries_or_keys_that_are_zero_do_not_divide_by_zero(zero: slice) -> None:
     m, x = TaylorAttention(DIM, heads=HEADS, form="paper", causal=True).double(), tokens()
     with torch.no_grad():
-        m.wqkv.weight[:DIM] = 0  # every q is zero, and so is every first- and second-order sum
-    assert m(x).isfinite().all()
+        m.wqkv.weight[zero] = 0  # and so is every first- and second-order sum
+    y = m(x)
+    y.sum().backward()
+    assert y.isfinite().all() and m.wqkv.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -134,6 +154,8 @@ def test_has_the_parameters_of_multi_head_attention(kind) -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="form"):
         TaylorAttention(DIM, heads=HEADS, form="third")
+    with pytest.raises(ValueError, match="floor must lie in 0 to 1, got 2"):
+        TaylorAttention(DIM, heads=HEADS, floor=2)
     with pytest.raises(ValueError, match="position"):
         TaylorAttention(DIM, heads=HEADS, position=ALiBi(HEADS))
     with pytest.raises(ValueError, match="causal"):

@@ -103,7 +103,7 @@ class Deconstructed(Decoder):
         layout: one of `LAYOUTS`; "uniform" has the variant in every layer.
         length: the longest text; also the length of the sequence beside it.
         fixed: for fixed_maps, the ids of the fixed text, at least `length` of them.
-        form: of the approximate variant, "paper" or "taylor".
+        form, floor: of the approximate variant, as for `TaylorAttention`.
         sigma, seed: of the random sequence.
         qk_norm: norm queries and keys per head, as the paper's largest models do: "non_approximate" then trains alone.
         Others as for `Decoder`.
@@ -117,6 +117,7 @@ class Deconstructed(Decoder):
         length: int = 2048,
         fixed: Sequence[int] | None = None,
         form: Literal["paper", "taylor"] = "paper",
+        floor: float = 0.5,
         sigma: float = 1.0,
         seed: int = 0,
         qk_norm: bool = False,
@@ -142,7 +143,7 @@ class Deconstructed(Decoder):
             if kind == "mlp":
                 return NoMixing(dim)
             if kind == "approximate":
-                return TaylorAttention(dim, form=form, position=position, **options)
+                return TaylorAttention(dim, form=form, floor=floor, position=position, **options)
             if kind == "non_approximate":
                 return RunningMean(dim, **options)
             return (MultiHead if kind is None else BorrowedMaps)(dim, position=position, **options)

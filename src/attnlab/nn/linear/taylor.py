@@ -17,6 +17,7 @@ from attnlab.positions import Position
 from attnlab.scan import scan
 
 BLOCK = 128  # queries at a time, so that their scores stay in cache
+LEAST = 1e-6  # that a sum of weights is divided by
 Sums = tuple[Tensor, ...]
 
 
@@ -49,23 +50,30 @@ class TaylorAttention(MultiHead):
         paper:   y_i = mean_j v_j + Σ_j q_i·k_j v_j / Σ_j q_i·k_j + Σ_j q̃_i·k̃_j v_j / Σ_j q̃_i·k̃_j
 
     with q̃ = q²/√2 and k̃ = k²/√2 element by element, and sums over j ≤ i if causal. x (B, N, C) → (B, N, C), with the
-    parameters of `MultiHead`. "taylor" is the series itself: positive weights that sum to one, a state of D² + D + 1
-    rows per head. "paper" is the published recurrence, which normalises each order alone: rows sum to 3, and the
-    denominator of the first order may come near 0, so its magnitude is kept above 1e-6; its state is 2D + 1 rows.
-    Source: arXiv 2510.11602, main text and appendix.
+    parameters of `MultiHead`. "taylor" is the series itself, the main text's: positive weights that sum to one, a state
+    of D(D + 3)/2 + 1 rows per head. "paper" is the recurrence of the appendix, which norms each order alone (rows sum
+    to 3); its state is 2D + 1 rows. The sum Σ_j q_i·k_j changes its sign, and as it is printed that form does not
+    train: gradients explode where the sum is near 0. The paper does not say what keeps it away; here its magnitude is
+    raised to a share `floor` of the largest that |q_i| and the size of the keys allow, |q_i| (n Σ_j |k_j|²)^½.
+    Source: arXiv 2510.11602, equation 6 and appendix I.
 
     Args:
         form: "paper" or "taylor".
+        floor: 0 for the appendix as it is printed, kept from dividing by less than 10⁻⁶.
         Others as for `MultiHead`; positions that turn q and k.
     """
 
-    def __init__(self, dim: int, *, form: Literal["paper", "taylor"] = "paper", **keywords: Any) -> None:
+    def __init__(
+        self, dim: int, *, form: Literal["paper", "taylor"] = "paper", floor: float = 0.5, **keywords: Any
+    ) -> None:
         super().__init__(dim, **keywords)
         if form not in ("paper", "taylor"):
             raise ValueError(f"form must be 'paper' or 'taylor', got {form!r}")
         if isinstance(self.position, Position) and type(self.position).bias is not Position.bias:
             raise ValueError(f"position must turn q and k, not add a bias, got {type(self.position).__name__}")
-        self.form = form
+        if not 0 <= floor <= 1:
+            raise ValueError(f"floor must lie in 0 to 1, got {floor}")
+        self.form, self.floor = form, floor
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -101,19 +109,18 @@ class TaylorAttention(MultiHead):
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         v = pad(v, (0, 1), value=1.0)  # one more channel, which sums the weights
-        sums = self.joint if self.form == "taylor" else self.apart
+        mix = self.joint if self.form == "taylor" else self.apart
         wide = torch.promote_types(v.dtype, torch.float32)
-        orders, after = sums(q.to(wide), k.to(wide), v.to(wide), before)
-        total = torch.stack([o[..., :-1] / _away_from_zero(o[..., -1:]) for o in orders]).sum(0)
-        y = self.wo(join_heads(total.to(q.dtype)))
+        heads, after = mix(q.to(wide), k.to(wide), v.to(wide), before)
+        y = self.wo(join_heads(heads.to(q.dtype)))
         return y if state is None else (y, Orders(offset + x.shape[1], after, state.owner))
 
-    def joint(self, q: Tensor, k: Tensor, v: Tensor, before: Sums | None) -> tuple[Sums, Sums]:
-        """Σ_j (1 + s + s²/2) v_j: pairs where they are near, features of the powers of q and k where they are far."""
+    def joint(self, q: Tensor, k: Tensor, v: Tensor, before: Sums | None) -> tuple[Tensor, Sums]:
+        """The series: pairs where they are near, features of the powers of q and k where they are far."""
         q, k = q * self.head_dim**-0.25, k * self.head_dim**-0.25
         n, rows = q.shape[2], self.rows[0]
         if not self.causal:
-            return ((series(q @ k.mT) @ v if n <= rows else powers(q) @ (powers(k).mT @ v)),), ()
+            return normed(series(q @ k.mT) @ v if n <= rows else powers(q) @ (powers(k).mT @ v)), ()
         far, out = None if before is None else before[0], []
         chunk = max(BLOCK, rows // BLOCK * BLOCK)  # as long as pairs cost no more than features
         for start in range(0, n, BLOCK):
@@ -124,18 +131,35 @@ class TaylorAttention(MultiHead):
             if (end % chunk == 0 and end < n) or (end == n and before is not None):
                 written = powers(keys).mT @ values
                 far = written if far is None else far + written
-        return (torch.cat(out, 2),), () if before is None or far is None else (far,)
+        return normed(torch.cat(out, 2)), () if before is None or far is None else (far,)
 
-    def apart(self, q: Tensor, k: Tensor, v: Tensor, before: Sums | None) -> tuple[Sums, Sums]:
-        """Σ_j v_j, Σ_j q·k v_j and Σ_j q̃·k̃ v_j."""
-        q, k = (torch.cat((t, t.square() / 2**0.5), 1) for t in (q, k))
-        if not self.causal:
-            first, second = (q @ (k.mT @ v.repeat(1, 2, 1, 1))).chunk(2, 1)
-            return (v.sum(2, keepdim=True).expand_as(v), first, second), ()
-        zeroth = v.cumsum(2) if before is None else v.cumsum(2) + before[0]
-        past = None if before is None else torch.cat(before[1:], 1)
-        both, last = scan(q, k, v.repeat(1, 2, 1, 1), state=past)
-        return (zeroth, *both.chunk(2, 1)), (zeroth[:, :, -1:], *last.chunk(2, 1))
+    def apart(self, q: Tensor, k: Tensor, v: Tensor, before: Sums | None) -> tuple[Tensor, Sums]:
+        """The sum of three means."""
+        sizes, energy = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
+        q, k, twice = (
+            torch.cat((q, q.square() / 2**0.5), 1),
+            torch.cat((k, k.square() / 2**0.5), 1),
+            v.repeat(1, 2, 1, 1),
+        )
+        if self.causal:
+            zeroth, energy = v.cumsum(2), energy.cumsum(2)
+            if before is not None:  # the second order's sum of weights knows the squares of all keys
+                zeroth, energy = zeroth + before[0], energy + before[2][..., -1:].sum(2, keepdim=True) * 2**0.5
+            both, last = scan(q, k, twice, state=None if before is None else torch.cat(before[1:], 1))
+            after = (zeroth[:, :, -1:], *last.chunk(2, 1))
+        else:
+            zeroth, energy = v.sum(2, keepdim=True).expand_as(v), energy.sum(2, keepdim=True)
+            both, after = q @ (k.mT @ twice), ()
+        first, second = both.chunk(2, 1)
+        least = (self.floor**2 * sizes * energy * zeroth[..., -1:] + LEAST**2).sqrt()
+        return normed(zeroth) + normed(first, least) + normed(second), after
+
+
+def normed(sums: Tensor, least: Tensor | float = LEAST) -> Tensor:
+    """Sums over their last channel, whose magnitude is raised to `least`, its sign kept."""
+    sums, total = sums[..., :-1], sums[..., -1:]
+    least = torch.as_tensor(least, dtype=total.dtype, device=total.device)
+    return sums / torch.where(total < 0, total.minimum(-least), total.maximum(least))
 
 
 def series(s: Tensor) -> Tensor:
@@ -147,8 +171,3 @@ def powers(x: Tensor) -> Tensor:
     """Features of `x (..., D)` whose products are the series of x's products: 1, x_a, x_a x_b for a < b, x_a²/√2."""
     a, b = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
     return torch.cat((torch.ones_like(x[..., :1]), x, x[..., a] * x[..., b], x.square() / 2**0.5), -1)
-
-
-def _away_from_zero(x: Tensor, least: float = 1e-6) -> Tensor:
-    """`x` with its magnitude raised to `least` where it is below, its sign kept."""
-    return torch.where(x.abs() < least, torch.where(x < 0, -least, least).to(x), x)
