@@ -7,23 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class SqueezeExcite(nn.Module):
-    """Scales each channel by what the mean over the map makes of it: x · σ(W2 act(W1 mean(x))), on `(B, C, H, W)`.
-
-    Source: arXiv 1709.01507.
-    """
-
-    def __init__(
-        self, dim: int, hidden: int, *, bias: bool = True, activation: Callable[[], nn.Module] = nn.SiLU
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden, bias=bias)
-        self.act = activation()
-        self.fc2 = nn.Linear(hidden, dim, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(self.act(self.fc1(x.mean((2, 3))))).sigmoid()[:, :, None, None]
+from attnlab.nn.channel.squeeze_excite import SqueezeExcite
 
 
 class SameConv(nn.Conv2d):

@@ -148,6 +148,9 @@ class GroupAttention(MultiHead):
         height, width = check_grid(grid, x.shape[1], axes=2)
         groups = self.groups((height, width))
         tiles = groups.cut(x.unflatten(1, (height, width)))
-        q, k, v = self.qkv(tiles)
-        heads = attend(q, k, v, bias=self.score_bias(groups, tiles), dropout=self.dropout if self.training else 0.0)
+        return self.within(groups, *self.qkv(tiles))
+
+    def within(self, groups: Groups, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention inside each group, joined to tokens `(B, H·W, C)`; q, k and v are `(B · groups, heads, n, D)`."""
+        heads = attend(q, k, v, bias=self.score_bias(groups, q), dropout=self.dropout if self.training else 0.0)
         return groups.join(self.merge(heads)).flatten(1, 2)
