@@ -22,6 +22,7 @@ from attnlab.routing.experts import Lists, lists_of, released_lists
         name="union_attention",
         title="Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
         paper="2503.02495",
+        system="uoe",
         family="sparse",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | ANY_LENGTH,
@@ -38,7 +39,7 @@ class UnionAttention(Mechanism):
 
     x (B, N, C) → (B, N, C), without residual and norm. A head numbers its own tokens 0, 1, 2, … for the rotary
     position. With every head chosen this is multi-head attention. If choices are balanced, projections cost
-    active/heads of that, and scores the square of it. See `ExpertGate` for the choice, in which nothing is trained by itself.
+    active/heads of that, and scores the square of it. Nothing trains the choice by itself: see `ExpertGate`.
 
     A token chooses for itself alone, so with `causal` no token has any influence on earlier ones. In the authors' code
     it has: see `variant`. Source: arXiv 2503.02495 (YujiaoYang-work/UoE).
