@@ -2,6 +2,7 @@
 
 from attnlab.positions.base import Position
 from attnlab.positions.bias import ALiBi, BucketBias, TableBias, alibi_slopes, buckets
+from attnlab.positions.dynamic import DynamicBias
 from attnlab.positions.learned import Learned
 from attnlab.positions.rotary import NTK, Linear, Llama3, Rotary, RotaryGrid, Scaling, YaRN, rotate
 
@@ -9,6 +10,7 @@ __all__ = [
     "NTK",
     "ALiBi",
     "BucketBias",
+    "DynamicBias",
     "Learned",
     "Linear",
     "Llama3",
