@@ -10,6 +10,7 @@ byte on held-out modules.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ def build(kind: str) -> UnionLM:
         reach=2 * SEGMENT, memory=SEGMENT, straight_through=learned,
     )  # fmt: skip
     if alike:
-        for block in model.blocks:
+        blocks: list[Any] = list(model.blocks)
+        for block in blocks:
             for gate in (block.mixer.gate, block.mlp.gate):
                 nn.init.zeros_(gate.linear.weight)
                 gate.linear.bias.data = -torch.arange(8.0)

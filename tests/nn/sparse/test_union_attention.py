@@ -164,7 +164,7 @@ def test_bad_arguments_are_named(keywords, words):
 
 def test_what_has_no_meaning_is_refused():
     x = torch.randn(1, 9, 16, dtype=torch.float64)
-    for given in (dict(context=x), dict(pattern=Causal()), dict(grid=(3, 3))):
+    for given in (dict(context=x), dict(pattern=Causal()), dict(state=3)):
         with pytest.raises(ValueError, match="UnionAttention takes no"):
             make()(x, **given)
     with pytest.raises(ValueError, match=r"memory must have shape|must have shape \(B, N, 16\)"):

@@ -181,7 +181,7 @@ class UnionMLP(Mechanism):
         pattern: Pattern | None = None,
         state: Any = None,
     ) -> Tensor:
-        self.refuse(context=context, grid=grid, pattern=pattern, state=state)
+        self.refuse(context=context, pattern=pattern, state=state)
         self.check(x)
         # Tokens that choose for themselves are one list for all sequences: the fewer lists, the less is filled up.
         tokens = x.reshape(1, -1, self.dim) if self.variant == "paper" and self.length is None else x

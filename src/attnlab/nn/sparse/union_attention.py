@@ -103,7 +103,7 @@ class UnionAttention(Mechanism):
         memory: Tensor | None = None,
     ) -> Tensor:
         """`memory (B, M, C)` are tokens before x that are seen as well, each head those that choose it."""
-        self.refuse(context=context, grid=grid, pattern=pattern, state=state)
+        self.refuse(context=context, pattern=pattern, state=state)
         self.check(x)
         lists, scores = self.lists(x)
         q, k, v = self.project(x, lists).split(self.head_dim, -1)
