@@ -49,7 +49,10 @@ class TokenBlock(nn.Module):
             self.register_parameter(name, scale)
 
     def forward(self, x: Tensor, *, grid: tuple[int, ...] | None = None) -> Tensor:
-        y = self.mixer(self.norm1(x), grid=grid)
+        return self.after(x, self.mixer(self.norm1(x), grid=grid))
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block behind its mixer, whose output for `x` is `y`."""
         x = x + self.drop_path(y if self.scale1 is None else y * self.scale1)
         if self.norm2 is None or self.mlp is None:
             return x
