@@ -1,4 +1,4 @@
-"""Longer texts by few weights: full, sink-fixed and shifted attention while fine-tuning: python benchmarks/sinklora_text.py
+"""Longer texts by few weights: full, sink-fixed or shifted groups while tuning: python benchmarks/sinklora_text.py
 
 A small model of characters is trained with full attention on short pieces of the standard library's sources. Then
 low-rank updates, embeddings and norms are fine-tuned on pieces four times as long, with the attention named, in groups

@@ -145,7 +145,7 @@ def test_no_token_is_computed_beyond_its_group() -> None:
     (lambda: make(variant="release"), "variant='release' needs wrap=True"),
     (lambda: make(causal=False), "causal must be True"),
     (lambda: make(wrap=True)(tokens(12)), "x must hold whole groups of 8 where they wrap, got 12 tokens"),
-    (lambda: make(group=0.25)(tokens(12)), "groups even and of two sinks or more: 3 of 12"),
+    (lambda: make(group=0.25)(tokens(12)), "group must give an even number of at least 4 tokens, got 3 of 12"),
     (lambda: make(group=0.25).initial_state(1), "streaming needs wrap=False and group in tokens"),
     (lambda: make(wrap=True).initial_state(1), "streaming needs wrap=False and group in tokens"),
     (lambda: make(position=ALiBi(4))(tokens()), "position must turn queries and keys, got ALiBi"),

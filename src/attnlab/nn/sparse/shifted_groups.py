@@ -29,7 +29,7 @@ from attnlab.patterns import Causal, Groups, Pattern, Sinks
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N (G + s)",
         growth=1.0,
-        sample=dict(heads=4, kv_heads=2, group=8, sinks=2),
+        sample=dict(heads=4, kv_heads=2, group=16, sinks=2),
         state="2 * kv_heads * head_dim * N",
     )
 )
@@ -87,7 +87,8 @@ class ShiftedGroups(MultiHead):
         """G for a text of so many tokens."""
         size = self.group if isinstance(self.group, int) else int(tokens * self.group)
         if size < 2 or size % 2 or 2 * self.sinks > size:
-            raise ValueError(f"x must make groups even and of two sinks or more: {size} of {tokens} tokens")
+            least = max(2, 2 * self.sinks)
+            raise ValueError(f"group must give an even number of at least {least} tokens, got {size} of {tokens}")
         if self.wrap and tokens % size:
             raise ValueError(f"x must hold whole groups of {size} where they wrap, got {tokens} tokens")
         return size
