@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -46,7 +47,7 @@ def main() -> None:
     for n in a.lengths:
         x, cells = torch.randn(1, n, DIM), []
         if n <= a.whole:
-            whole = [seconds(lambda layer=layer: layer(x), 2) for layer in (full, core)]
+            whole = [seconds(partial(layer, x), 2) for layer in (full, core)]
             cells += [f"{whole[0] * 1e3:17.0f} ms", f"{whole[0] / whole[1]:9.2f}×"]
         else:
             cells += [f"{'–':>20s}", f"{'–':>10s}"]
@@ -54,10 +55,7 @@ def main() -> None:
         state.append(*full.project(x)[1:])
         cores = core.initial_state(1)
         core(x, state=cores)
-        steps = [
-            seconds(lambda layer=layer, kept=kept: layer(x[:, :1], state=kept), 30)
-            for layer, kept in ((full, state), (core, cores))
-        ]
+        steps = [seconds(partial(layer, x[:, :1], state=kept), 30) for layer, kept in ((full, state), (core, cores))]
         cells += [f"{steps[0] * 1e3:17.2f} ms", f"{steps[0] / steps[1]:9.2f}×"]
         cells.append(f"{cores.numbers() / state.numbers() - 1:+13.1%}")
         print(f"{n:8,d}" + "".join(cells), flush=True)
