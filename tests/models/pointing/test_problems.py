@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 
 import pytest
@@ -15,8 +14,6 @@ from attnlab.models.pointing.problems import (
     judge_hulls,
     judge_triangles,
     random_points,
-    shortest_tour,
-    tour_length,
 )
 
 
@@ -34,14 +31,22 @@ def answers(found: torch.Tensor, n: int) -> list[list[int]]:
     return lists
 
 
-def test_hulls_run_counter_clockwise_from_the_lowest_position_and_hold_every_point():
-    pytest.importorskip("scipy")
-    sets = points(20, 9)
-    for p, hull in zip(sets, answers(convex_hull(sets), 9), strict=True):
-        assert hull[0] == min(hull)
-        for i, j in zip(hull, [*hull[1:], hull[0]], strict=True):
-            side, rest = p[j] - p[i], p - p[i]
-            assert (side[0] * rest[:, 1] - side[1] * rest[:, 0] >= -1e-12).all()
+@pytest.mark.parametrize("n", [3, 9, 60])
+def test_hulls_are_scipys_counter_clockwise_from_the_lowest_position(n):
+    spatial = pytest.importorskip("scipy.spatial")
+    sets = points(40, n)
+    for p, hull in zip(sets, answers(convex_hull(sets), n), strict=True):
+        corners = spatial.ConvexHull(p.numpy()).vertices.tolist()
+        first = corners.index(min(corners))
+        assert hull == corners[first:] + corners[:first]
+
+
+def test_hulls_leave_out_points_between_corners_and_repeated_ones():
+    grid = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).unsqueeze(0)
+    assert convex_hull(grid).tolist() == [[0, 6, 8, 2, 9]]
+    assert convex_hull(torch.cat((grid, grid), 1)).tolist() == [[0, 6, 8, 2, 18]]
+    line = torch.arange(4.0).expand(2, 4).T.unsqueeze(0)
+    assert convex_hull(line).tolist() == [[0, 3, 4]]
 
 
 def test_triangulations_are_scipys_in_order_of_their_incentres():
@@ -64,24 +69,6 @@ def test_triangulations_are_scipys_in_order_of_their_incentres():
             radius = (p[t[0]] - solved[:2]).norm()
             others = [i for i in range(8) if i not in t]
             assert ((p[others] - solved[:2]).norm(dim=1) > radius - 1e-9).all()
-
-
-def test_tours_are_the_shortest_of_all():
-    sets = points(6, 7)
-    tours = shortest_tour(sets)
-    every = torch.tensor([[0, *t] for t in itertools.permutations(range(1, 7))])
-    for p, answer in zip(sets, answers(tours, 7), strict=True):
-        lengths = tour_length(p.expand(len(every), -1, -1), every)
-        found = tour_length(p.unsqueeze(0), torch.tensor([answer]))
-        torch.testing.assert_close(found[0], lengths.min())
-        assert answer[0] == 0 and answer[1] < answer[-1]
-
-
-def test_mean_tours_are_as_long_as_published():
-    # Table 2 of arXiv 1506.03134: optimal tours of 5 points are 2.12 long, of 10 points 2.87.
-    for n, count, published in ((5, 1000, 2.12), (10, 60, 2.87)):
-        sets = points(count, n)
-        assert tour_length(sets, shortest_tour(sets)).mean().item() == pytest.approx(published, abs=0.08)
 
 
 def test_judged_hulls_may_begin_anywhere_but_not_cross():
@@ -109,10 +96,6 @@ def test_judged_triangles_count_in_any_order():
 def test_bad_input_is_named(monkeypatch):
     with pytest.raises(ValueError, match="points must be"):
         convex_hull(torch.zeros(2, 5, 3))
-    with pytest.raises(ValueError, match="N ≤ 16"):
-        shortest_tour(torch.zeros(1, 17, 2))
-    with pytest.raises(ValueError, match="visit each"):
-        tour_length(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 1]]))
     monkeypatch.setitem(sys.modules, "scipy.spatial", None)
     with pytest.raises(ImportError, match=r"attnlab\[data\]"):
-        convex_hull(torch.zeros(1, 3, 2))
+        delaunay(torch.zeros(1, 3, 2))

@@ -1,7 +1,7 @@
 """Geometric problems with sequences of positions as answers, solved exactly, and how answers are judged.
 
 Points are uniform in the unit square. Answers are (B, T): positions from 0, then N for the end, then −1. scipy, of
-the `data` extra, finds hulls and triangulations.
+the `data` extra, finds triangulations.
 """
 
 from __future__ import annotations
@@ -27,24 +27,48 @@ def random_points(batch: int, n: int, generator: torch.Generator | None = None) 
     return torch.rand(batch, n, 2, generator=generator)
 
 
-def _each(points: Tensor, least: int, solve: Callable[[np.ndarray], list[int]]) -> Tensor:
+def _check(points: Tensor, least: int) -> None:
     if points.ndim != 3 or points.shape[-1] != 2 or points.shape[1] < least:
         raise ValueError(f"points must be (B, N, 2) with N ≥ {least}, got {tuple(points.shape)}")
+
+
+def solve_each(points: Tensor, least: int, solve: Callable[[np.ndarray], list[int]]) -> Tensor:
+    """`solve` for each set of at least `least` points, as answers."""
+    _check(points, least)
     n = points.shape[1]
     answers = [torch.tensor([*solve(p), n]) for p in points.detach().cpu().double().numpy()]
     return torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1).to(points.device)
 
 
 def convex_hull(points: Tensor) -> Tensor:
-    """Each set's convex hull, counter-clockwise from the corner with the lowest position."""
-    spatial = _spatial("convex_hull")
+    """Each set's convex hull, counter-clockwise from the corner with the lowest position.
 
-    def solve(p: np.ndarray) -> list[int]:
-        corners = spatial.ConvexHull(p).vertices.tolist()
-        first = corners.index(min(corners))
-        return corners[first:] + corners[:first]
-
-    return _each(points, 3, solve)
+    Jarvis's march through all sets at once, by the smallest turn at each corner. Cost: N per corner.
+    """
+    _check(points, 3)
+    p, n, rows = points.detach().double(), points.shape[1], torch.arange(len(points), device=points.device)
+    x, y = p.unbind(-1)
+    start = at = x.masked_fill(y > y.amin(1, keepdim=True), torch.inf).argmin(1)
+    way = p.new_tensor([1.0, 0.0]).expand(len(p), 1, 2)
+    corners, over = torch.full_like(rows.unsqueeze(1).expand(-1, n), n), torch.zeros_like(at, dtype=torch.bool)
+    for step in range(n):
+        corners[:, step] = at.masked_fill(over, n)
+        ways = p - p[rows, at].unsqueeze(1)
+        far = ways.square().sum(-1)
+        turns = torch.atan2(way[..., 0] * ways[..., 1] - way[..., 1] * ways[..., 0], (way * ways).sum(-1))
+        # None turns right, but straight back may look like it.
+        turns = turns.where(turns > -1, turns + 2 * torch.pi).masked_fill(far == 0, torch.inf)
+        # Of several in one line, the farthest.
+        at = far.masked_fill(turns > turns.amin(1, keepdim=True) + 1e-12, -1.0).argmax(1)
+        way = ways[rows, at].unsqueeze(1)
+        over = over | (at == start)
+        if over.all():
+            break
+    sizes = (corners < n).sum(1, keepdim=True)
+    places = torch.arange(n + 1, device=points.device)
+    turned = corners.gather(1, (corners.argmin(1, keepdim=True) + places) % sizes)
+    answers = turned.masked_fill(places == sizes, n).masked_fill(places > sizes, -1)
+    return answers[:, : int(sizes.max()) + 1]
 
 
 def delaunay(points: Tensor) -> Tensor:
@@ -59,50 +83,7 @@ def delaunay(points: Tensor) -> Tensor:
         centres = (corners * sides).sum(1) / sides.sum(1)
         return triangles[np.lexsort((centres[:, 1], centres[:, 0]))].flatten().tolist()
 
-    return _each(points, 3, solve)
-
-
-def shortest_tour(points: Tensor) -> Tensor:
-    """Each set's shortest round trip from position 0, its second position below its last (Held and Karp).
-
-    Cost: N² 2ᴺ per set, for N ≤ 16.
-    """
-    if points.ndim == 3 and points.shape[1] > 16:
-        raise ValueError(f"shortest_tour is exact and takes N ≤ 16 points, got {points.shape[1]}")
-    return _each(points, 2, _held_karp)
-
-
-def _held_karp(p: np.ndarray) -> list[int]:
-    """cost[S, j]: the shortest way from 0 through all of S, a set of the others as bits, that ends at j in S."""
-    n = len(p) - 1
-    far = np.linalg.norm(p[:, None] - p[None], axis=-1)
-    sets = np.arange(1 << n)
-    sizes = ((sets[:, None] >> np.arange(n)) & 1).sum(1)
-    cost = np.full((1 << n, n), np.inf)
-    before = np.zeros((1 << n, n), dtype=np.int64)
-    cost[1 << np.arange(n), np.arange(n)] = far[0, 1:]
-    for size in range(2, n + 1):
-        here = sets[sizes == size]
-        for j in range(n):
-            those = here[(here >> j) & 1 == 1]
-            ways = cost[those ^ (1 << j)] + far[1:, 1 + j]
-            before[those, j] = ways.argmin(1)
-            cost[those, j] = ways.min(1)
-    at, left, tour = int((cost[-1] + far[1:, 0]).argmin()), (1 << n) - 1, []
-    while left:
-        tour.append(at + 1)
-        left, at = left ^ (1 << at), int(before[left, at])
-    return [0, *(tour if tour[0] <= tour[-1] else tour[::-1])]
-
-
-def tour_length(points: Tensor, tours: Tensor) -> Tensor:
-    """The length (B,) of each round trip; ValueError unless it visits each point once."""
-    n = points.shape[1]
-    tours = tours[:, :n]
-    if not torch.equal(tours.sort(1).values, torch.arange(n, device=tours.device).expand(len(points), -1)):
-        raise ValueError(f"tours must visit each of the {n} points once")
-    path = points.gather(1, tours.unsqueeze(-1).expand(-1, -1, 2))
-    return (path - path.roll(-1, 1)).norm(dim=-1).sum(1)
+    return solve_each(points, 3, solve)
 
 
 class HullScores(NamedTuple):
