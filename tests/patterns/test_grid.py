@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attnlab.patterns import Axial, Blocks, Halo, Neighborhood
+from attnlab.patterns import Around, Axial, Blocks, Halo, Neighborhood
 
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens" / "na").glob("*.json"))
 
@@ -92,6 +92,15 @@ def test_a_halo_is_a_block_that_sees_further():
     assert torch.equal(Halo((6, 9), 3, 0).matrix(54), Blocks((6, 9), 3).matrix(54))
 
 
+def test_a_convolutions_window_shrinks_at_the_border():
+    seen = Around((6, 9), kernel=(3, 5), dilation=(2, 1)).matrix(54).view(6, 9, 6, 9)
+    inside = seen[3, 4].nonzero()
+    assert inside[:, 0].unique().tolist() == [1, 3, 5] and inside[:, 1].unique().tolist() == [2, 3, 4, 5, 6]
+    assert seen[0, 0].sum() == 2 * 3
+    assert torch.equal(Around((5, 7), 1).matrix(35), torch.eye(35, dtype=torch.bool))
+    assert torch.equal(Around((5, 7), 3).matrix(35), Halo((5, 7), 1, 1).matrix(35))
+
+
 def test_axial_lines_meet_only_at_the_query():
     rows, columns = Axial((5, 7), 1).matrix(35), Axial((5, 7), -2).matrix(35)
     assert (rows.sum(1) == 7).all() and (columns.sum(1) == 5).all()
@@ -109,6 +118,7 @@ def test_axial_lines_meet_only_at_the_query():
         (lambda: Neighborhood((8,), 3, causal=1), "causal must be one bool"),
         (lambda: Blocks((), 2), "grid must have at least one axis"),
         (lambda: Blocks((8,), 2, shift=-1), "shift must be integers of at least 0"),
+        (lambda: Around((8, 8), 4), "kernel must be odd on every axis"),
         (lambda: Axial((4, 4), 2), "axis must be one of the 2 axes"),
         (lambda: Neighborhood((4, 4), 3).check(15, 15), "grid 4 × 4 holds 16 tokens, but there are 15 queries"),
     ],
@@ -127,7 +137,7 @@ def test_patterns_compare_by_what_they_say():
 def test_tiles_hold_every_query_once_and_their_boxes_every_key(grid):
     tokens = math.prod(grid)
     neighborhoods = Neighborhood(grid, 3), Neighborhood(grid, 2, 2)
-    for pattern in (*neighborhoods, Blocks(grid, 3, 1), Halo(grid, 2, 1), Axial(grid, 0)):
+    for pattern in (*neighborhoods, Blocks(grid, 3, 1), Halo(grid, 2, 1), Around(grid, 3, 2), Axial(grid, 0)):
         tiles = pattern.query_tiles(tokens)
         assert torch.equal(tiles[tiles >= 0].sort().values, torch.arange(tokens))
         seen = pattern.matrix(tokens)

@@ -3,13 +3,14 @@
 from attnlab.patterns.base import Pattern
 from attnlab.patterns.combine import And, Not, Or, Shifted
 from attnlab.patterns.given import Explicit, Regions
-from attnlab.patterns.grid import Axial, Blocks, Halo, Neighborhood, SoFar
+from attnlab.patterns.grid import Around, Axial, Blocks, Halo, Neighborhood, SoFar
 from attnlab.patterns.groups import Groups
 from attnlab.patterns.sequence import Causal, Dilated, Documents, Full, PowersOfTwo, Prefix, Sinks, Window
 from attnlab.patterns.speedup import Speedup, end_to_end, speedup
 
 __all__ = [
     "And",
+    "Around",
     "Axial",
     "Blocks",
     "Causal",

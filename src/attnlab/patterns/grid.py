@@ -185,6 +185,32 @@ class Halo(GridPattern):
 
 
 @dataclass(frozen=True)
+class Around(GridPattern):
+    """Each query sees the window that a convolution centred on it sees, as far as the grid goes: less at the border.
+
+    `kernel` (odd) and `dilation` are one value, or one for each axis. `Neighborhood` moves its window inward instead.
+    """
+
+    kernel: int | tuple[int, ...]
+    dilation: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "kernel", per_axis("kernel", self.kernel, len(self.grid)))
+        object.__setattr__(self, "dilation", per_axis("dilation", self.dilation, len(self.grid)))
+        if any(k % 2 == 0 for k in self.kernel):  # type: ignore[union-attr]
+            raise ValueError(f"kernel must be odd on every axis, got {self.kernel}")
+
+    def step(self, axis: int) -> int:
+        return self.dilation[axis]  # type: ignore[index]
+
+    def interval(self, axis: int, i: Tensor) -> tuple[Tensor, Tensor]:
+        reach, step = self.kernel[axis] // 2, self.step(axis)  # type: ignore[index]
+        before, after = i // step, (self.grid[axis] - 1 - i) // step
+        return i - step * before.clamp_max(reach), i + step * after.clamp_max(reach)
+
+
+@dataclass(frozen=True)
 class Axial(GridPattern):
     """Each query sees the keys on its own line along `axis` (axial attention, arXiv 1912.12180)."""
 
