@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ class Absent(metaclass=Silent):
 class StandIn(types.ModuleType):
     """A package that is absent."""
 
-    __path__: list[str] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__, self.__spec__ = [], ModuleSpec(name, None)  # what others ask of every module
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
