@@ -143,6 +143,20 @@ def test_another_window_keeps_a_bias_that_is_linear_in_the_displacement():
     assert m(torch.randn(1, 36, 4), grid=(6, 6)).shape == (1, 36, 4)
 
 
+def test_a_kept_bias_follows_its_parameters():
+    m, x = BlockAttention(8, heads=2, window=3), torch.randn(1, 9, 8)
+    with torch.inference_mode():
+        before = m(x, grid=(3, 3))
+        assert torch.equal(m(x, grid=(3, 3)), before)
+    m.relative.table.data[0] += 5.0  # in place: the parameter is the same object
+    with torch.no_grad():
+        after = m(x, grid=(3, 3))
+    assert not torch.isclose(after, before).all()
+    torch.testing.assert_close(after, m(x, grid=(3, 3)).detach())
+    with torch.no_grad():
+        assert m.double()(x.double(), grid=(3, 3)).dtype == torch.float64
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         BlockAttention(8, heads=2, window=0)

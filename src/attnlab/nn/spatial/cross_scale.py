@@ -65,8 +65,8 @@ class LongShortDistance(GroupAttention):
         step = 1 if whole else self.interval
         return Groups(grid, (size, size), (step, step))
 
-    def relative_bias(self, groups: Groups) -> Tensor | None:
-        return None if self.relative is None else self.relative.matrix(groups.size)  # type: ignore[operator]
+    def relative_bias(self, groups: Groups) -> Tensor:
+        return self.relative.matrix(groups.size)  # type: ignore[operator, union-attr]
 
     def rewindow(self, window: int) -> None:
         """Go on with another window: the bias goes with any."""

@@ -106,6 +106,7 @@ class GroupAttention(MultiHead):
         super().__init__(dim, heads=heads, bias=bias, out_bias=out_bias, dropout=dropout)
         self.window, self.see_filling = window, see_filling
         self.relative: nn.Module | None = TableBias((window, window), heads) if biased else None
+        self._kept: tuple[Any, list[Tensor], Tensor] | None = None
 
     def rewindow(self, window: int) -> None:
         """Go on with another window: the learned bias is interpolated bilinearly."""
@@ -119,13 +120,29 @@ class GroupAttention(MultiHead):
         """How a map of this size is cut."""
         return Groups(grid, (self.window, self.window))
 
-    def relative_bias(self, groups: Groups) -> Tensor | None:
+    def relative_bias(self, groups: Groups) -> Tensor:
         """`(heads, n, n)` between the n places of a group."""
-        return None if self.relative is None else self.relative.matrix()  # type: ignore[operator]
+        return self.relative.matrix()  # type: ignore[operator, union-attr]
+
+    def bias(self, groups: Groups) -> Tensor | None:
+        """`relative_bias` if there is one; without gradients it is kept for the next call with the same parameters."""
+        if self.relative is None:
+            return None
+        weights = list(self.relative.parameters())
+        # Comparing the few parameters costs microseconds on a CPU; a GPU would have to wait for it.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weights[0].device.type != "cpu":
+            return self.relative_bias(groups)
+        about = (groups.size, weights[0].dtype)
+        if self._kept is None or self._kept[0] != about or not all(map(torch.equal, self._kept[1], weights)):
+            self._kept = about, [w.clone() for w in weights], self.relative_bias(groups)
+        return self._kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def score_bias(self, groups: Groups, like: Tensor) -> Tensor | None:
         """What is added to the scores, broadcastable to `(B · groups, heads, n, n)`."""
-        bias = self.relative_bias(groups)
+        bias = self.bias(groups)
         bias = None if bias is None else bias.to(like.dtype)[None]
         if self.see_filling or not any(groups.filling):
             return bias
