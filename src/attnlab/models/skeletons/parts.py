@@ -7,6 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from attnlab.nn.conv_norm import ConvNorm as ConvNorm
+
 Norm = Callable[[int], nn.Module]
 
 
@@ -111,26 +113,6 @@ class ConvStem(nn.Sequential):
                 self.add_module(f"norm{i}", make(out_dim))
             if activation is not None and not last:
                 self.add_module(f"act{i}", activation())
-
-
-class ConvNorm(nn.Sequential):
-    """A convolution without bias, a batch norm, and an activation if given; odd kernels keep the size at stride 1."""
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        kernel: int = 3,
-        stride: int = 1,
-        *,
-        groups: int = 1,
-        activation: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(out_dim)
-        if activation is not None:
-            self.act = activation
 
 
 def kaiming_conv(module: nn.Module) -> None:
