@@ -164,8 +164,24 @@ def test_bad_arguments_are_named(keywords, words):
 
 def test_what_has_no_meaning_is_refused():
     x = torch.randn(1, 9, 16, dtype=torch.float64)
-    for given in (dict(context=x), dict(pattern=Causal()), dict(state=3)):
+    for given in (dict(context=x), dict(pattern=Causal())):
         with pytest.raises(ValueError, match="UnionAttention takes no"):
             make()(x, **given)
     with pytest.raises(ValueError, match=r"memory must have shape|must have shape \(B, N, 16\)"):
         make()(x, memory=F.pad(x, (0, 1)))
+
+
+@pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 6], [2, 2, 2, 5]])
+def test_decodes_with_each_heads_own_tokens_alone(pieces):
+    m, x = make(causal=True, heads=4, active=2), torch.randn(3, 11, 16, dtype=torch.float64)
+    state, out = m.initial_state(3), []
+    with torch.no_grad():
+        for piece in x.split(pieces, 1):
+            y, state = m(piece, state=state)
+            out.append(y)
+        torch.testing.assert_close(torch.cat(out, 1), m(x))
+    assert state.numbers() == 3 * 11 * 2 * 2 * 4
+    with pytest.raises(ValueError, match="causal=True and variant='paper'"):
+        make(causal=True, variant="release").initial_state(1)
+    with pytest.raises(ValueError, match="takes no memory"):
+        m(x, memory=x, state=m.initial_state(3))

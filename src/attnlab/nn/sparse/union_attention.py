@@ -8,13 +8,36 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.attend import attend
-from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, NONCAUSAL_SELF, STREAMING, TOKENS, Card, register
+from attnlab.nn.cache import Cache
 from attnlab.nn.channel.union_mlp import ExpertGate, check_variant, gather, scatter, sliced
 from attnlab.nn.mechanism import Mechanism, check_heads
 from attnlab.patterns import Causal, Pattern
 from attnlab.positions import Position, Rotary
 from attnlab.problem import Bias
 from attnlab.routing.experts import Lists, lists_of, released_lists
+
+
+class OwnTokens(Cache):
+    """Keys, not turned yet, and values of each head's own tokens: `(H, B, L, D)`, shorter lists filled up before."""
+
+    filled: Tensor | None = None  # (H, B, L)
+
+    def numbers(self) -> int:
+        return 0 if self.filled is None or self._k is None else 2 * int(self.filled.sum()) * self._k.shape[-1]
+
+    def extend(self, k: Tensor, v: Tensor, filled: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Add a piece whose lists are filled up behind: all keys, values, which count, and how many are older."""
+        before = 0
+        if self._k is not None and self._v is not None and self.filled is not None:
+            before = self._k.shape[2]
+            k, v, filled = (torch.cat(p, 2) for p in ((self._k, k), (self._v, v), (self.filled, filled)))
+        most = int(filled.sum(-1).max())
+        # What fills up comes first, and all tokens behind it keep their order.
+        kept = filled.byte().argsort(dim=-1, stable=True)[..., filled.shape[-1] - most :]
+        self.filled = filled.gather(2, kept)
+        self._k, self._v = (t.gather(2, kept[..., None].expand(-1, -1, -1, t.shape[-1])) for t in (k, v))
+        return k, v, filled, before
 
 
 @register(
@@ -25,8 +48,9 @@ from attnlab.routing.experts import Lists, lists_of, released_lists
         system="uoe",
         family="sparse",
         kind=TOKENS,
-        capabilities=NONCAUSAL_SELF | CAUSAL_SELF | ANY_LENGTH,
+        capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH,
         cost="N² · (active / heads)²",
+        state="2 * gate.active * head_dim * N",
         sample=dict(heads=4),
         compiles="how many tokens each head gets is read from data",
         exports="how many tokens each head gets is read from data",
@@ -42,7 +66,8 @@ class UnionAttention(Mechanism):
     active/heads of that, and scores the square of it. Nothing trains the choice by itself: see `ExpertGate`.
 
     A token chooses for itself alone, so with `causal` no token has any influence on earlier ones. In the authors' code
-    it has: see `variant`. Source: arXiv 2503.02495 (YujiaoYang-work/UoE).
+    it has: see `variant`. Streams with the keys and values of each head's own tokens. Source: arXiv 2503.02495
+    (YujiaoYang-work/UoE).
 
     Args:
         active: heads that each token chooses; half of them if None.
@@ -92,6 +117,13 @@ class UnionAttention(Mechanism):
         found = torch.baddbmm(self.bqkv[:, None, start:], gather(x, lists), self.wqkv[:, :, start:])
         return found.unflatten(1, lists.places.shape[1:])
 
+    def initial_state(
+        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> OwnTokens:
+        if not self.causal or self.variant == "release":
+            raise ValueError("streaming needs causal=True and variant='paper': a release's lists change with the text")
+        return OwnTokens(self.owner(batch))
+
     def forward(
         self,
         x: Tensor,
@@ -99,30 +131,41 @@ class UnionAttention(Mechanism):
         *,
         grid: tuple[int, ...] | None = None,
         pattern: Pattern | None = None,
-        state: Any = None,
+        state: OwnTokens | None = None,
         memory: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """`memory (B, M, C)` are tokens before x that are seen as well, each head those that choose it."""
-        self.refuse(context=context, pattern=pattern, state=state)
+        self.refuse(context=context, pattern=pattern, memory=None if state is None else memory)
         self.check(x)
+        if state is not None:
+            self.check_state(state, OwnTokens, len(x))
         lists, scores = self.lists(x)
         q, k, v = self.project(x, lists).split(self.head_dim, -1)
-        before, filled = 0, lists.filled
-        if memory is not None:
+        filled: Tensor | None
+        if state is not None and lists.filled is not None:
+            k, v, filled, before = state.extend(k, v, lists.filled)
+            q, k = self.position(q, q, before)[0], self.position(k, k)[1]
+        elif memory is None:
+            (q, k), before, filled = self.position(q, k), 0, lists.filled
+        else:
             self.check(memory)
             older, _ = self.lists(memory, last=True)
             old_k, old_v = self.project(memory, older, self.head_dim).chunk(2, -1)
-            k, v, before = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), old_k.shape[2]
-            if older.filled is not None and filled is not None:
-                filled = torch.cat((older.filled, filled), 2)
-        q, _ = self.position(q, q, 0 if self.variant == "release" else before)
-        _, k = self.position(k, k)
+            before = old_k.shape[2]
+            first = self.position(q, q)[0] if self.variant == "release" else None
+            q, k = self.position(q, k, before)
+            q = q if first is None else first
+            k, v = torch.cat((self.position(old_k, old_k)[1], k), 2), torch.cat((old_v, v), 2)
+            filled = None
+            if older.filled is not None and lists.filled is not None:
+                filled = torch.cat((older.filled, lists.filled), 2)
         where, bias = self._seen(q, before, filled)
         out = attend(q, k, v, pattern=where, bias=bias, dropout=self.dropout if self.training else 0.0)
         parts = torch.baddbmm(self.bo.unsqueeze(1), out.flatten(1, 2), self.wo)
         if self.gate.straight_through:
             parts = parts * self.gate.strength(scores, lists).flatten(1, 2).to(parts.dtype)
-        return scatter(parts, lists, x)
+        y = scatter(parts, lists, x)
+        return y if state is None else (y, state)
 
     def _seen(self, q: Tensor, before: int, filled: Tensor | None) -> tuple[Pattern | None, Bias | None]:
         """Which of a head's keys its queries see, `before` of them being older than the first query."""
