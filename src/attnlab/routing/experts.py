@@ -41,13 +41,15 @@ def lists_of(chosen: Tensor, *, last: bool = False) -> Lists:
     return Lists(places, filled, places)
 
 
-def released_lists(route: Tensor, *, release_order: bool = False) -> Lists:
+def released_lists(route: Tensor, *, share: float | None = None, release_order: bool = False) -> Lists:
     """As Union of Experts' code does it, from `route (B, N, E)`: each list takes the L tokens of largest route.
 
     L is the most that any expert of any sequence was chosen by, so shorter lists take tokens that did not choose, and
-    those count. `release_order` reads tokens by falling route and writes them to ascending places.
+    those count; or L is a `share` of all tokens, rounded down, and those of least route are left out. `release_order`
+    reads tokens by falling route and writes them to ascending places.
     """
     route = route.detach().permute(2, 0, 1)
-    taken = route.topk(int((route > 0).sum(-1).max()), -1).indices
+    most = int((route > 0).sum(-1).max()) if share is None else max(1, int(share * route.shape[-1]))
+    taken = route.topk(most, -1).indices
     places = taken.sort(-1).values
     return Lists(places, None, taken if release_order else places)

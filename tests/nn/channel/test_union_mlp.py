@@ -75,6 +75,15 @@ def test_released_lists_give_outputs_to_tokens_that_did_not_choose_and_the_relea
     torch.testing.assert_close(wrong(x).sum(1), release(x).sum(1))
 
 
+def test_lists_of_a_share_leave_out_those_that_want_an_expert_least():
+    m, x = make(variant="release", share=0.4, active=4), torch.randn(2, 9, 12, dtype=torch.float64)
+    lists, _ = m.lists(x)
+    route = m.gate(x).permute(2, 0, 1)
+    assert lists.places.shape == (4, 2, 3)
+    taken = route.gather(-1, lists.places).sort(-1, descending=True).values
+    assert torch.equal(taken, route.sort(-1, descending=True).values[..., :3])
+
+
 def test_it_costs_half_of_the_dense_mlp():
     m = UnionMLP(16, hidden=64, experts=2, active=1)
     with torch.no_grad():
@@ -100,6 +109,8 @@ def test_the_gate_is_trained_only_straight_through():
     ({"select": "sequence"}, "length goes with select='sequence', and only with it"),
     ({"length": 7}, "length goes with select='sequence', and only with it"),
     ({"variant": "official"}, "variant must be 'paper' or 'release', got 'official'"),
+    ({"share": 0.5}, r"share must lie in \(0, 1\] and goes with variant='release', got 0.5 with 'paper'"),
+    ({"share": 1.5, "variant": "release"}, r"share must lie in \(0, 1\]"),
     ({"release_order": True}, "release_order=True goes with variant='release'"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(keywords, words):

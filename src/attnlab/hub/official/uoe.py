@@ -91,7 +91,7 @@ class SparseSelfAttention:
 
 @official("YujiaoYang-work/UoE", "U_MLP", ours=UnionMLP)
 class UMLP:
-    """Data selection: tokens choose."""
+    """Data selection: tokens choose. By the dispatch of `process_ds`, or with the argument `share=0.5` by its own."""
 
     rename = staticmethod(mlp)
     run = staticmethod(_run)
@@ -105,7 +105,8 @@ class UMLP:
             experts=experts,
             active=arguments.get("topk", 2),
             variant="release",
-            release_order=True,
+            share=arguments.get("share"),
+            release_order=arguments.get("share") is None,
             capacity=arguments.get("capacity", 1.0),
             eps=arguments.get("epsilon", 1e-8),
             dropout=arguments.get("dropout", 0.0),

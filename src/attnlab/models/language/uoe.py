@@ -103,7 +103,8 @@ class UnionLM(Decoder):
 
         def block() -> UnionBlock:
             mixer = UnionAttention(dim, heads=heads, active=active, causal=True, **gates)
-            mlp = UnionMLP(dim, hidden=hidden, experts=experts, active=active_experts, **gates)
+            share = 0.5 if variant == "release" else None
+            mlp = UnionMLP(dim, hidden=hidden, experts=experts, active=active_experts, share=share, **gates)
             return UnionBlock(dim, mixer, mlp, dropout)
 
         # The skeleton's own table and head are replaced: let them be small.

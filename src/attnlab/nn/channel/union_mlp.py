@@ -67,9 +67,9 @@ def gather(x: Tensor, lists: Lists) -> Tensor:
 
 
 def scatter(parts: Tensor, lists: Lists, x: Tensor) -> Tensor:
-    """Sum of the experts' outputs `(E, B·L, C)`, each at its tokens, as `x (B, N, C)`."""
+    """Sum of the experts' outputs `(E, B·L, C)`, which are written to, each at its tokens, as `x (B, N, C)`."""
     if lists.filled is not None:
-        parts = parts.masked_fill(~lists.filled.reshape(*parts.shape[:2], 1), 0.0)
+        parts.masked_fill_(~lists.filled.reshape(*parts.shape[:2], 1), 0.0)
     places = lists.flat(lists.places, x.shape[1])
     return torch.zeros_like(x).flatten(0, 1).index_add(0, places, parts.flatten(0, 1)).view_as(x)
 
@@ -116,8 +116,10 @@ class UnionMLP(Mechanism):
         variant: "release" does as the authors' code: all lists of tokens are as long as the longest in the batch, and
             filled up with tokens that did not choose and yet get the expert's output. So a token's output depends on
             later tokens and on other sequences. "paper", the default, adds what was chosen and no more.
+        share: with "release", lists have this share of a sequence's tokens, and those that want an expert least are
+            left out, on which the paper is silent: 0.5 is what the authors' MLP does by its own dispatch.
         release_order: with "release", tokens are read by falling route and written to ascending places, so outputs end
-            up at other tokens: the authors' error, for their checkpoints.
+            up at other tokens: an error of the authors' other dispatch, whose lists hold all who chose.
         straight_through, capacity, eps: of `ExpertGate`.
         causal: no difference, as tokens are not mixed.
     """
@@ -132,6 +134,7 @@ class UnionMLP(Mechanism):
         select: Literal["tokens", "sequence"] = "tokens",
         length: int | None = None,
         variant: Literal["paper", "release"] = "paper",
+        share: float | None = None,
         release_order: bool = False,
         straight_through: bool = False,
         capacity: float = 1.0,
@@ -150,7 +153,10 @@ class UnionMLP(Mechanism):
         if select == "sequence" and variant == "release":
             raise ValueError("variant='release' goes with select='tokens'")
         check_variant(variant, release_order)
-        self.length, self.variant, self.release_order, self.dropout = length, variant, release_order, dropout
+        if share is not None and (variant == "paper" or not 0 < share <= 1):
+            raise ValueError(f"share must lie in (0, 1] and goes with variant='release', got {share} with {variant!r}")
+        self.length, self.variant, self.dropout = length, variant, dropout
+        self.share, self.release_order = share, release_order
         self.gate = ExpertGate(
             dim * (length or 1), experts, active, capacity=capacity, eps=eps, straight_through=straight_through
         )
@@ -163,7 +169,8 @@ class UnionMLP(Mechanism):
     def lists(self, x: Tensor) -> tuple[Lists, Tensor]:
         """Each expert's tokens of `x (B, N, C)`, and the scores `(B, N, E)` by which they came to it."""
         if self.variant == "release":
-            return released_lists(self.gate(x), release_order=self.release_order), self.gate.scores(x)
+            route = self.gate(x)
+            return released_lists(route, share=self.share, release_order=self.release_order), self.gate.scores(x)
         if self.length is None:
             scores = self.gate.scores(x)
         elif x.shape[1] != self.length:
