@@ -57,6 +57,7 @@ PAIRS: dict[str, Callable[[Any], nn.Module]] = {
     "volo_d1": lambda timm: timm.create_model("volo_d1_224"),
     "haloregnetz_b": lambda timm: timm.create_model("haloregnetz_b"),
     "convit_small": lambda timm: timm.create_model("convit_small"),
+    "shvit_s1": lambda timm: timm.create_model("shvit_s1"),
     "maxvit_tiny": lambda timm: timm.create_model("maxvit_tiny_tf_224"),
     "davit_tiny": lambda timm: timm.create_model("davit_tiny"),
     "gcvit_xxtiny": lambda timm: timm.create_model("gcvit_xxtiny"),
