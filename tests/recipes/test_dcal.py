@@ -99,7 +99,15 @@ def test_pairs_equal_timms_block_over_both_images(timm) -> None:
 
     theirs = Block(8, 2, qkv_bias=True).double().eval()
     nn.init.normal_(theirs.attn.qkv.weight)
-    backbone = Plain(dim=8, depth=1, mixer=lambda _: MultiHead(8, heads=2, bias=True), image=4, patch=2, num_classes=2)
+    backbone = Plain(
+        dim=8,
+        depth=1,
+        mixer=lambda _: MultiHead(8, heads=2, bias=True),
+        image=4,
+        patch=2,
+        num_classes=2,
+        norm=partial(nn.LayerNorm, eps=1e-6),
+    )
     net = DCAL(backbone).double().eval()
     state = theirs.state_dict()
     renamed = {n.replace("attn.qkv", "mixer.wqkv").replace("attn.proj", "mixer.wo"): p for n, p in state.items()}
