@@ -1,6 +1,6 @@
 """Our sequence mechanisms beside the authors' code, or the peer that users have, with the same weights, on CPU.
 
-    python benchmarks/official.py [--official DIR] [--threads 2] [--seconds 3] [--length 1024] [--only gated,mamba]
+    python benchmarks/official.py [--official DIR] [--threads 2] [--seconds 3] [--length 1024] [--only gated] [--busy]
 
 Prints for each the shortest time of inference and of training (forward and backward), theirs over ours (above 1, ours
 is faster), how far the outputs differ, and the geometric means. Peers are transformers where it has the mechanism, and
@@ -27,16 +27,16 @@ from torch import Tensor
 Call = Callable[..., Any]
 
 
-def in_turns(calls: list[Call], seconds: float) -> list[float]:
+def in_turns(calls: list[Call], seconds: float, clock: Callable[[], float]) -> list[float]:
     """The shortest time of each call in milliseconds; they take turns, so that a busy moment hits all of them."""
     shortest = [math.inf] * len(calls)
     begin, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - begin < seconds:  # the first round warms up
         for i, call in enumerate(calls):
-            start = time.perf_counter()
+            start = clock()
             call()
             if rounds:
-                shortest[i] = min(shortest[i], time.perf_counter() - start)
+                shortest[i] = min(shortest[i], clock() - start)
         rounds += 1
     return [1e3 * t for t in shortest]
 
@@ -61,11 +61,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="for each comparison, and three rounds at least")
     parser.add_argument("--length", type=int, default=1024, help="tokens")
     parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--busy", action="store_true", help="the process's own time, of one thread: on a busy machine")
     options = parser.parse_args()
+    clock = time.process_time if options.busy else time.perf_counter
     names = sorted({name.split(",")[0] for name in PAIRS})
     if unknown := set((options.only or names[0]).split(",")) - set(names):
         parser.error(f"--only: {', '.join(sorted(unknown))} is not among {', '.join(names)}")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1 if options.busy else options.threads)
     setting, ratios = Setting(options.official, options.length), {"inference": [], "training": []}
     print(f"{'mechanism':<24} {'inference: theirs, ours':>28} {'training: theirs, ours':>38}   off by")
     transformers()
@@ -84,7 +86,7 @@ def main() -> None:
         cells = []
         for work, kind in (("inference", forward), ("training", training)):
             calls = pair.training if pair.training and kind is training else (pair.theirs, pair.ours)
-            theirs, ours = in_turns([kind(call, pair.inputs) for call in calls], options.seconds)
+            theirs, ours = in_turns([kind(call, pair.inputs) for call in calls], options.seconds, clock)
             ratios[work].append(theirs / ours)
             cells.append(f"{theirs:>9.1f} {ours:>8.1f} ms  {theirs / ours:>5.2f}×")
         print(f"{name:<24} {cells[0]:>28} {cells[1]:>38}   {off:.0e}", flush=True)
