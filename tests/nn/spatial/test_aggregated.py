@@ -162,3 +162,18 @@ def test_what_is_kept_without_gradients_follows_the_parameters_however_they_chan
         with torch.enable_grad():
             torch.testing.assert_close(m(x, grid=(3, 4)), changed)
         first = changed
+
+
+@torch.no_grad()
+def test_a_key_that_fits_keeps_its_weight_among_ever_more_others_as_scores_grow_with_their_log() -> None:
+    m = CosineAttention(64, heads=1)
+    keys = F.normalize(torch.randn(1, 1, 4096, 64), dim=-1)
+
+    def weight(n: int, scale: float) -> float:
+        """That of the key which equals the query, among n."""
+        return (m.sharp(keys[:, :, :1], scale) @ keys[:, :, :n].mT).softmax(-1)[..., 0].item()
+
+    m.temperature.fill_(0.5)
+    few = weight(64, math.log(64))
+    assert weight(4096, math.log(4096)) > 0.7 * few
+    assert weight(4096, math.log(64)) < 0.05 * few  # at the scale of few keys it drowns

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +91,7 @@ SIZES = {
         name="dit",
         title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
         paper="2410.11842",
+        system="moh",
         family="softmax",
         kind=DENOISER,
         cost="N²",

@@ -22,6 +22,7 @@ SIZES = {
         name="moh_vit",
         title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
         paper="2410.11842",
+        system="moh",
         family="softmax",
         kind=BACKBONE,
         capabilities=ANY_GRID,

@@ -87,6 +87,7 @@ def _all_heads(dim: int, grid: tuple[int, ...]) -> MixtureOfHeads:
         name="mixture_of_heads",
         title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
         paper="2410.11842",
+        system="moh",
         family="softmax",
         kind=TOKENS,
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT | EXACT,
