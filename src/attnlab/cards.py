@@ -77,12 +77,12 @@ class Card:
 
     Beside the obvious: `growth` is the exponent with which FLOPs grow in the number of tokens; `sample` holds the
     constructor keywords (beside `dim`) with which tests and studies build the thing, and `probe` the input size that a
-    network takes then, (height, width), (length,) or, of a denoiser, (channels, height, width); `grid_axes` is the number of axes of a mechanism's grid. `limit`,
-    for an EXACT claim, builds it as `limit(dim, grid)` where it equals `MultiHead` with the same `wqkv` and `wo`.
-    `state`, of a STREAMING one, says how many numbers are kept for each sequence after N tokens: arithmetic of N and of
-    the attributes of the thing, or of `layers`, what the layers of a network keep.
-    `compiles` and `exports` are empty when torch.compile(fullgraph=True) and torch.export take it, and otherwise say
-    why not.
+    network takes then, (height, width), (length,) or, of a denoiser, (channels, height, width); `grid_axes` is the
+    number of axes of a mechanism's grid. `limit`, for an EXACT claim, builds it as `limit(dim, grid)` where it equals
+    `MultiHead` with the same `wqkv` and `wo`. `state`, of a STREAMING one, says how many numbers are kept for each
+    sequence after N tokens: arithmetic of N and of the attributes of the thing, or of `layers`, what the layers of a
+    network keep. `compiles` and `exports` are empty when torch.compile(fullgraph=True) and torch.export take it, and
+    otherwise say why not.
     """
 
     name: str
