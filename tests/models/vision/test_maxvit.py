@@ -73,6 +73,18 @@ def test_takes_any_image_size(size):
     torch.testing.assert_close(net(x)[1:], net(x[1:]), rtol=1e-4, atol=1e-5)
 
 
+def test_a_fused_network_gives_the_same():
+    net = MaxViT(**TINY).double()
+    for name, p in [*net.named_parameters(), *net.named_buffers()]:
+        if p.is_floating_point():
+            nn.init.uniform_(p, 0.5, 1.5) if "running_var" in name else nn.init.normal_(p, 0.0, 0.3)
+    x = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    before = net.eval()(x)
+    torch.testing.assert_close(net.fuse().fuse()(x), before)
+    left = [name for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert left == ["stem.norm"]
+
+
 @pytest.mark.parametrize("size", [4, 5])
 def test_an_odd_pixel_of_padding_goes_below_and_right(size):
     conv = SameConv(1, 1, 3, 2, bias=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,11 +51,11 @@ class MBConv(nn.Module):
             raise ValueError(f"input_dim must be dim where stride is 1, got {input_dim} and {dim}")
         hidden = int(dim * expansion)
         self.stride = stride
-        self.norm = norm(input_dim)
+        self.norm: nn.Module = norm(input_dim)
         self.conv1 = nn.Conv2d(input_dim, hidden, 1, bias=False)
-        self.norm1 = norm(hidden)
+        self.norm1: nn.Module = norm(hidden)
         self.conv2 = SameConv(hidden, hidden, 3, stride, groups=hidden, bias=False)
-        self.norm2 = norm(hidden)
+        self.norm2: nn.Module = norm(hidden)
         self.act = activation()
         self.se = SqueezeExcite(hidden, dim // 4)
         self.conv3 = nn.Conv2d(hidden, dim, 1)
@@ -67,3 +68,24 @@ class MBConv(nn.Module):
         if self.stride > 1:
             x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         return self.shortcut(x) + self.drop_path(self.conv3(y))
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """For inference: put the batch norms, with the statistics that they have, into the convolutions beside them."""
+        if isinstance(self.norm, nn.Identity):
+            return
+        (scale, shift), (scale1, shift1), (scale2, shift2) = map(affine, (self.norm, self.norm1, self.norm2))
+        rows = self.conv1.weight.flatten(1)
+        self.conv1.bias = nn.Parameter((rows @ shift) * scale1 + shift1)
+        self.conv1.weight.copy_((rows * scale * scale1[:, None])[:, :, None, None])
+        self.conv2.bias = nn.Parameter(shift2)
+        self.conv2.weight.mul_(scale2[:, None, None, None])
+        self.norm = self.norm1 = self.norm2 = nn.Identity()
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The factor and the summand per channel that a batch norm is in evaluation."""
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
+        raise TypeError(f"norm must be a batch norm with running statistics, got {type(norm).__name__}")
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale

@@ -144,3 +144,10 @@ class MaxViT(Pyramid):
         for module in self.modules():
             if isinstance(module, GroupAttention):
                 module.rewindow(window)
+
+    def fuse(self) -> MaxViT:
+        """For inference: the same network in evaluation, with the batch norms inside the convolutions; it stays so."""
+        for module in self.eval().modules():
+            if isinstance(module, MBConv):
+                module.fuse()
+        return self
