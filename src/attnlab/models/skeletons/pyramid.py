@@ -200,15 +200,19 @@ class Pyramid(nn.Module):
     def init_weights(self) -> None:
         self.apply(trunc_normal_linear)
 
-    def forward_features(self, x: Tensor) -> list[Tensor]:
-        """The map after each stage: `channels[i]` channels, about 1/`reductions[i]` of the image's size."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Images through the stem."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be images (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if min(x.shape[-2:]) < self.reductions[-1]:
             raise ValueError(
                 f"x must be at least {self.reductions[-1]} pixels high and wide, got {tuple(x.shape[-2:])}"
             )
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.stem(x.contiguous(memory_format=torch.channels_last))
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """The map after each stage: `channels[i]` channels, about 1/`reductions[i]` of the image's size."""
+        x = self.embed(x)
         maps = []
         for stage in self.stages:
             x = stage(x)
