@@ -120,11 +120,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(KINDS))
     arguments, task = parser.parse_args(), Text()
     held_out = streams(task.held_out, 64, 12, 99)
     print(f"{arguments.steps} steps of {BATCH} segments of {SEGMENT} bytes, memory {MEMORY}, 3 layers of 128")
     print(f"{'':18}{'accuracy':>16} {'bits/byte':>16} {'kept for backward':>20}")
-    for kind in KINDS:
+    for kind in arguments.only:
         rows = [judge(train(kind, task.train, arguments.steps, seed), held_out) for seed in range(arguments.seeds)]
         (right, bits), (spread, wide) = np.mean(rows, 0), np.std(rows, 0)
         kept = kept_for_backward(build(kind).train())

@@ -67,6 +67,7 @@ class NoMixing(nn.Module):
         name="deconstructed",
         title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
         paper="2510.11602",
+        system="deconstruct_attn",
         family="language",
         kind=LM,
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,

@@ -39,6 +39,7 @@ class Means(NamedTuple):
         name="running_mean",
         title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
         paper="2510.11602",
+        system="deconstruct_attn",
         family="linear",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,

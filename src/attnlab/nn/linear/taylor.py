@@ -34,6 +34,7 @@ class Orders(NamedTuple):
         name="taylor",
         title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
         paper="2510.11602",
+        system="deconstruct_attn",
         family="linear",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH,

@@ -31,6 +31,7 @@ class Runs(NamedTuple):
         name="long_short",
         title="Short-Range Dependency Effects on Transformer Instability and a Decomposed Attention Solution",
         paper="2505.15548",
+        system="ls_attention",
         family="softmax",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH | EXACT,

@@ -37,6 +37,7 @@ def plain(dim: int, grid: tuple[int, ...]) -> RelativeConvolutionalAttention:
         name="rcmha",
         title="RCMHA: Relative Convolutional Multi-Head Attention for Natural Language Modelling",
         paper="2308.03429",
+        system="rcmha",
         family="softmax",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | EXACT,
