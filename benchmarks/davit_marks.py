@@ -18,7 +18,7 @@ from attnlab.models.vision.davit import DaViT
 
 
 def marks(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, 32, 32) of noise: a mark of 4×4 pixels above, another, in another channel, below; and the labels."""
+    """Images (B, 3, 32, 32) of noise: a mark of 4×4 pixels above, in another channel one below; the labels."""
     images = 0.3 * torch.randn(count, 3, 32, 32, generator=generator)
     signs = [torch.randint(0, 2, (count,), generator=generator) * 2 - 1 for _ in range(2)]
     for channel, sign in enumerate(signs):
