@@ -3,8 +3,9 @@
 Union of Experts (arXiv 2503.02495) reports 2.38 points of perplexity less than the best mixture of experts, at 76 % of
 its FLOPs. Trains its language model on the Python library's sources, byte by byte, with all heads and slices for every
 token, a half and a quarter of them; and, as controls at the cost of a half, with gates that learn straight through, and
-with the same half for all tokens, which is a narrow network. Prints FLOPs of a forward against all, and perplexity per
-byte on held-out modules.
+with the same half for all tokens, which is a narrow network. Prints FLOPs of a forward against all, as computed before
+training (each head and slice computes as many tokens as the busiest, so uneven choices cost more than their number
+says), and perplexity per byte on held-out modules.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def check_variant(variant: str, release_order: bool = False) -> None:
         family="channel",
         kind=TOKENS,
         capabilities=ANY_LENGTH | PERMUTATION_EQUIVARIANT,
-        cost="N · active / experts",
+        cost="N · active / experts, if balanced",
         sample=dict(hidden=16, experts=4, active=2),
         exports="how many tokens each expert gets is read from data",
     )
@@ -106,7 +106,8 @@ class UnionMLP(Mechanism):
         y = Σ over the chosen e of W2_e gelu(W1_e x + b1_e) + b2_e          W1_e (C, hidden / E), W2_e (hidden / E, C)
 
     x (B, N, C) → (B, N, C), without residual and norm. With every expert chosen this is one dense MLP with the bias
-    Σ b2_e. Cost: active/experts of that MLP. See `ExpertGate` for the choice, in which nothing is trained by itself.
+    Σ b2_e. Cost: active/experts of that MLP if choices are balanced, as every slice computes as many tokens as the
+    busiest. Nothing trains the choice by itself: see `ExpertGate`.
     Source: arXiv 2503.02495 (YujiaoYang-work/UoE).
 
     Args:

@@ -49,7 +49,7 @@ class OwnTokens(Cache):
         family="sparse",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH,
-        cost="N² · (active / heads)²",
+        cost="N² · (active / heads)², if balanced",
         state="2 * gate.active * head_dim * N",
         sample=dict(heads=4),
         compiles="how many tokens each head gets is read from data",
