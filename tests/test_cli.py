@@ -53,6 +53,7 @@ def test_list_as_json_holds_the_whole_card():
     found = {card["name"]: card for card in json.loads(run("list", "--json").output)}
     assert found["multihead"]["paper"] == "1706.03762"
     assert "streaming" in found["multihead"]["capabilities"]
+    assert found["multihead"]["state"] == "2 * kv_heads * head_dim * N"
     assert found["focalnet"]["sizes"] == {n: s.params for n, s in cards.describe("focalnet").sizes.items()}
 
 
@@ -71,7 +72,8 @@ def test_list_knows_what_can_be_asked(arguments, message):
 
 def test_show_says_equation_shapes_cost_paper_and_pattern():
     output = run("show", "sliding_window").output
-    for wanted in ("query i sees key j", "(B, N, C)", "N (w + s)", "arxiv.org/abs/2309.17453", "streaming", "█"):
+    for wanted in ("query i sees key j", "(B, N, C)", "N (w + s)", "arxiv.org/abs/2309.17453", "streaming", "█",
+                   "2·kv_heads·head_dim·(window + sinks) numbers of N tokens"):  # fmt: skip
         assert wanted in output
     drawing = [line for line in output.splitlines() if line.startswith("█")]
     assert len(drawing) == 32 and drawing[0].strip() == "█"  # causal: the first token sees itself
@@ -86,6 +88,13 @@ def test_show_lists_the_sizes_of_a_network():
     output = run("show", "focalnet").output
     for name, size in cards.describe("focalnet").sizes.items():
         assert name in output and f"{size.params:,}" in output
+
+
+def test_show_says_what_a_language_model_of_each_size_keeps_of_a_text():
+    output = run("show", "llama").output
+    assert "Σ layers numbers of N tokens" in output
+    # Keys and values: 2 · 32 layers · 8 heads · 128, for the 8,192 tokens that it reads.
+    assert "8,030,261,248 parameters, keeps 536,870,912 numbers of 8,192 tokens" in output
 
 
 def test_show_of_an_unknown_name_asks_what_was_meant(monkeypatch, capsys):
