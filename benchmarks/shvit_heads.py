@@ -1,4 +1,4 @@
-"""Why one head: how alike the heads of a trained transformer look, and what one head over a fifth of the channels saves.
+"""Why one head: how alike the heads of a trained transformer look, and what one over a fifth of the channels saves.
 
     python benchmarks/shvit_heads.py [--steps 150] [--seconds 2]
 
