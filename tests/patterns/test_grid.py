@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attnlab.patterns import Around, Axial, Blocks, Halo, Neighborhood
+from attnlab.patterns import Around, Axial, Blocks, Halo, Neighborhood, SoFar
 
 GOLDENS = sorted((Path(__file__).parents[1] / "goldens" / "na").glob("*.json"))
 
@@ -152,3 +152,12 @@ def test_tiles_hold_every_query_once_and_their_boxes_every_key(grid):
 def test_shifted_blocks_can_be_seen_from_a_later_query() -> None:
     blocks = Blocks((4, 4), size=2, shift=1)
     assert torch.equal(blocks.starting_at(5).matrix(11, 16), blocks.matrix(16)[5:])
+
+
+@pytest.mark.parametrize("pattern", [Axial((3, 4), 0), Neighborhood((3, 4), 2, causal=True)], ids=["axial", "causal"])
+def test_a_grid_so_far_is_the_first_of_its_queries_and_keys(pattern) -> None:
+    whole = pattern.matrix(12)
+    assert torch.equal(SoFar(pattern).matrix(7), whole[:7, :7])
+    assert torch.equal(SoFar(pattern).starting_at(5).matrix(2, 7), whole[5:7, :7])
+    with pytest.raises(ValueError, match="grid 3 × 4 holds 12 tokens"):
+        SoFar(pattern).matrix(13)
