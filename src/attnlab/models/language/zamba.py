@@ -13,6 +13,7 @@ from attnlab.attend import attend
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, LM, STREAMING, Card, Size, register
 from attnlab.models.skeletons.decoder import Decoder, DecoderState
 from attnlab.nn.cache import KVCache
+from attnlab.nn.decode import attend_one
 from attnlab.nn.linear.selective import Mamba2
 from attnlab.nn.mechanism import check_heads, join_heads, pattern_for, split_heads
 from attnlab.positions import Rotary
@@ -79,7 +80,10 @@ class SharedLayer(nn.Module):
             q, k = self.position(q, k, offset)
         if cache is not None:
             k, v = cache.append(k, v)
-        h = attend(q, k, v, pattern=pattern_for(True, None, offset, x.shape[1]), scale=self.scale)
+        if offset and x.shape[1] == 1:  # the last token sees all
+            h = attend_one([(q, k, v)], scale=self.scale)
+        else:
+            h = attend(q, k, v, pattern=pattern_for(True, None, offset, x.shape[1]), scale=self.scale)
         h = self.norm2(self.wo(join_heads(h)))
         gate, up = (self.w13(h) + own.mlp(h)).chunk(2, -1)
         return own.out(self.w2(gelu(gate) * up))
