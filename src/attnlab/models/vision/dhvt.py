@@ -65,7 +65,8 @@ class ConvFeedForward(nn.Module):
         self.squeeze, self.excite = nn.Linear(dim, dim // 4), nn.Linear(dim // 4, dim)
 
     def forward(self, x: Tensor, *, grid: tuple[int, int]) -> Tensor:
-        token, places = x[:, :1], x[:, 1:].unflatten(1, grid)
+        # A linear layer on a slice multiplies it in pieces; a copy is cheaper.
+        token, places = x[:, :1], x[:, 1:].contiguous().unflatten(1, grid)
         # Channels-last maps: a 1×1 convolution is a linear layer on them.
         s = F.gelu(self.norm1(self.fc1(places).permute(0, 3, 1, 2)))
         s = s + F.gelu(self.norm2(self.conv(s)))
