@@ -10,6 +10,10 @@ text: bytes of the Python library's sources, 512 at a time, at a high learning r
 
 Prints the largest |logit| before the softmax among the pairs that a head may see, how good the model became, and how
 many spikes the training loss had (steps more than 4 standard deviations and 0.1 above the 50 before them).
+
+Found: on the task the claim holds (300 steps, 1 seed: at 64, 128, 256 tokens 27, 33, 51 against 10, 12, 10, with 76 %
+against 99.9 % right at 256). On text it does not (200 steps at 0.01, 1 seed: 88 against 232 with a span of 16, which
+read a little better, 3.79 against 3.73 bits; a norm of q and k kept them at 4, with 3.68), and nothing diverged.
 """
 
 from __future__ import annotations
