@@ -1,6 +1,6 @@
 """Does reading molecules first help to learn a property from few of them? And do SELFIES read better than SMILES?
 
-    python benchmarks/selformer.py [--steps 600] [--labelled 60]
+    python benchmarks/selformer.py [--steps 300] [--labelled 60]
 
 A small SELFormer guesses masked tokens of generated molecules, then learns how much a molecule weighs from a few of
 them; the same network starts untrained for comparison. Both again on the same molecules as SMILES.
@@ -20,6 +20,7 @@ from attnlab.models.language.selformer import Selformer
 from attnlab.recipes.minilm import warm_then_decay
 from attnlab.recipes.selformer import mask_tokens, masked_loss, property_loss, train
 
+TUNING = 100
 WEIGHTS = {"F": 19.0, "Cl": 35.5, "O": 16.0, "N": 14.0, "S": 32.1, "C": 12.0}
 
 
@@ -41,11 +42,10 @@ def entropy(ids: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--labelled", type=int, default=60)
     given = parser.parse_args()
-    torch.set_num_threads(2)
-    molecules = random_selfies(2500, most=5, generator=torch.Generator().manual_seed(0))
+    molecules = random_selfies(2500, most=4, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([weight(m) for m in molecules])
     weights = (weights - weights.mean()) / weights.std()
     texts = {"SELFIES": molecules}
@@ -60,7 +60,7 @@ def main() -> None:
         tokenizer = ByteTokenizer.train(lines, size=300)
         ids, keep = tokenizer.encode(lines)
 
-        def draw(rows: int, size: int = 32, ids=ids, keep=keep, generator=generator) -> tuple[Tensor, Tensor, Tensor]:
+        def draw(rows: int, size: int = 16, ids=ids, keep=keep, generator=generator) -> tuple[Tensor, Tensor, Tensor]:
             picked = torch.randint(rows, (size,), generator=generator)
             n = int(keep[picked].sum(1).max())
             return picked, ids[picked, :n], keep[picked, :n]
@@ -75,18 +75,18 @@ def main() -> None:
                 yield {"ids": i, "holes": holes, "chosen": chosen, "keep": k}
 
         def labelled(draw=draw):
-            for _ in range(150):
+            for _ in range(TUNING):
                 picked, i, k = draw(given.labelled)
                 yield {"ids": i, "keep": k, "labels": weights[picked]}
 
-        model = Selformer(vocabulary=len(tokenizer), dim=64, depth=3, heads=4, length=126, dropout=0.0)
+        model = Selformer(vocabulary=len(tokenizer), dim=48, depth=2, heads=4, length=126, dropout=0.0)
         untrained = model.for_labels(1)
-        history = train(model, riddles(), masked_loss, rate=warm_then_decay(3e-3, given.steps, warm_up=50))
+        history = train(model, riddles(), masked_loss, rate=warm_then_decay(5e-3, given.steps, warm_up=30))
         errors = []
         for network in (model.for_labels(1), untrained):
             train(
                 network, labelled(), lambda m, ids, keep, labels: property_loss(m(ids, keep=keep), labels, "number"),
-                rate=warm_then_decay(1e-3, 150, warm_up=15),
+                rate=warm_then_decay(1e-3, TUNING, warm_up=10),
             )  # fmt: skip
             with torch.no_grad():
                 found = network.eval()(ids[2000:], keep=keep[2000:]).flatten()
