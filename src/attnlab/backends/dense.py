@@ -12,7 +12,7 @@ from torch import Tensor
 from attnlab.cost import Cost, machine
 from attnlab.patterns import Pattern
 from attnlab.problem import Problem
-from attnlab.weightings import Weighting
+from attnlab.weightings import Elementwise, Weighting
 
 # Masks up to this many pairs (16 MiB) are kept: sixteen of them at most.
 _KEPT = 2**24
@@ -97,7 +97,10 @@ class Dense:
         if bias is not None:
             scores = scores + bias
         seen = torch.ones((), dtype=torch.bool, device=p.device) if p.is_full else _matrix(p)[0]
-        weights = p.weighting.weights(scores, seen, p.nk)
+        if p.is_full and isinstance(p.weighting, Elementwise):
+            weights = p.weighting.apply(scores, p.nk)  # no pass over all scores that hides nothing
+        else:
+            weights = p.weighting.weights(scores, seen, p.nk)
         if p.dropout:
             weights = F.dropout(weights, p.dropout)
         out = weights.to(p.dtype) @ v
