@@ -53,7 +53,14 @@ class TokenBlock(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The block behind its mixer, whose output for `x` is `y`."""
-        x = x + self.drop_path(y if self.scale1 is None else y * self.scale1)
+        return self.feed(self.add(x, y))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The first path's end: `x` and what its mixer said of it, `y`."""
+        return x + self.drop_path(y if self.scale1 is None else y * self.scale1)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second path."""
         if self.norm2 is None or self.mlp is None:
             return x
         y = self.mlp(self.norm2(x))
