@@ -1,6 +1,6 @@
 """Why one head: how alike the heads of a trained transformer look, and what one over a fifth of the channels saves.
 
-    python benchmarks/shvit_heads.py [--steps 150] [--seconds 2]
+    python benchmarks/shvit_heads.py [--steps 400] [--seconds 2]
 
 Prints the mean cosine similarity between the attention maps of different heads in each layer of a small vision
 transformer trained on scikit-learn's digits (beside the same before training), then the time of single-head attention
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.models.vision.vit import ViT
+from attnlab.nn.conv_norm import fold_norms
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.spatial.single_head import SingleHeadAttention
 
@@ -53,17 +54,17 @@ def shortest(calls: list[nn.Module], inputs: list[Tensor], seconds: float) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     images, labels = digits()
-    net = ViT(dim=48, depth=4, heads=4, image=8, patch=1, in_channels=1, num_classes=10, class_token=False)
+    net = ViT(dim=48, depth=4, heads=4, image=8, patch=2, in_channels=1, num_classes=10, class_token=False)
     with torch.no_grad():
         before = alike(net, images[:64])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     for _ in range(options.steps):
         at = torch.randint(360, len(images), (64,))
         loss = F.cross_entropy(net(images[at]), labels[at])
@@ -78,6 +79,7 @@ def main() -> None:
         for batch in (1, 8):
             x = torch.randn(batch, 224, 14, 14).contiguous(memory_format=torch.channels_last)
             single, many = SingleHeadAttention(224, width=48).eval(), MultiHead(224, heads=7).eval()
+            fold_norms(single)
             ours, theirs = shortest([single, many], [x, x.permute(0, 2, 3, 1).flatten(1, 2)], options.seconds)
             print(
                 f"224 channels, 14×14, batch {batch}: single head {1e3 * ours:.2f} ms, "
