@@ -59,6 +59,7 @@ PAIRS: dict[str, Callable[[Any], nn.Module]] = {
     "convit_small": lambda timm: timm.create_model("convit_small"),
     "shvit_s1": lambda timm: timm.create_model("shvit_s1"),
     "maxvit_tiny": lambda timm: timm.create_model("maxvit_tiny_tf_224"),
+    "mambaout_tiny": lambda timm: timm.create_model("mambaout_tiny"),
     "davit_tiny": lambda timm: timm.create_model("davit_tiny"),
     "gcvit_xxtiny": lambda timm: timm.create_model("gcvit_xxtiny"),
 }

@@ -1,0 +1,58 @@
+"""The gated CNN mixer (MambaOut): what is left of Mamba without its state space."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnlab.cards import ANY_GRID, FEATURES, Card, register
+
+
+@register(
+    Card(
+        name="gated_cnn",
+        title="MambaOut: Do We Really Need Mamba for Vision?",
+        paper="2405.07992",
+        system="mambaout",
+        family="spatial",
+        kind=FEATURES,
+        capabilities=ANY_GRID,
+        cost="N",
+        growth=1.0,
+    )
+)
+class GatedCNN(nn.Module):
+    """Mixes places by a depthwise convolution of some channels, inside a gated MLP: Mamba's block without its SSM.
+
+        g, i, c = W1 x                                    hidden, hidden - c and c channels, the last c convolved
+        y = W2 (gelu(g) ⊙ [i, dwconv_k(c)])
+
+    `(B, C, H, W)` to the same, any size. `hidden` is ⌊expansion·C⌋, c is ⌊conv_ratio·C⌋; with `conv_ratio=0` it is a
+    gated MLP and places do not mix. Cost: O(N·C·(3·hidden + conv_ratio·k²)). Source: arXiv 2405.07992.
+    """
+
+    def __init__(self, dim: int, *, kernel: int = 7, expansion: float = 8 / 3, conv_ratio: float = 1.0) -> None:
+        super().__init__()
+        hidden, convolved = int(expansion * dim), int(conv_ratio * dim)
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, to keep the map's size, got {kernel}")
+        if hidden < 1:
+            raise ValueError(f"expansion must leave at least one hidden channel of dim = {dim}, got {expansion}")
+        if not 0 <= convolved <= hidden:
+            raise ValueError(f"conv_ratio must lie between 0 and expansion = {expansion:.3g}, got {conv_ratio}")
+        self.dim, self.hidden, self.convolved = dim, hidden, convolved
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.conv = (
+            nn.Conv2d(convolved, convolved, kernel, padding=kernel // 2, groups=convolved) if convolved else None
+        )
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.dim or 0 in x.shape:
+            raise ValueError(f"x must be (B, {self.dim}, H, W) and not empty, got {tuple(x.shape)}")
+        gate, value = self.fc1(x.movedim(1, -1)).split(self.hidden, -1)
+        if self.conv is not None:
+            still, c = value.split((self.hidden - self.convolved, self.convolved), -1)
+            value = torch.cat((still, self.conv(c.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), -1)
+        return self.fc2(F.gelu(gate) * value).movedim(-1, 1)
