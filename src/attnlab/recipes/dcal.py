@@ -112,7 +112,6 @@ def triplet_loss(features: Tensor, labels: Tensor, margin: float | None = None) 
         name="dcal",
         title="Dual Cross-Attention Learning for Fine-Grained Visual Categorization and Object Re-Identification",
         paper="2205.02151",
-        system="dcal",
         family="fine-grained",
         kind=RECIPE,
         cost="N² per block, twice in training",
