@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
+from attnlab.models.skeletons.local_mlp import LocalMLP
 from attnlab.models.skeletons.parts import MLP, ConvStem, Downsample, Norm
 from attnlab.models.skeletons.pyramid import Block, Place, Pyramid
 from attnlab.nn.multihead import MultiHead
@@ -60,18 +61,6 @@ class Residual(Block):
         y = self.mlp(x)
         x = self.norm2(x + self.drop_path(y if self.scale2 is None else y * self.scale2))
         return x.permute(0, 3, 1, 2)
-
-
-class LocalMLP(MLP):
-    """An MLP with a 3×3 depth-wise convolution before its activation, on `(B, H, W, C)`."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
 
 
 class NormFirst(nn.Sequential):
