@@ -89,6 +89,15 @@ class Downsample(nn.Sequential):
             self.norm = norm(out_dim)
 
 
+class NormFirst(nn.Sequential):
+    """Shrink the map as Swin and ConvNeXt do: a norm, then a convolution as large as its stride."""
+
+    def __init__(self, dim: int, out_dim: int, stride: int = 2, norm: Norm = ChannelNorm) -> None:
+        super().__init__()
+        self.norm = norm(dim)
+        self.conv = nn.Conv2d(dim, out_dim, stride, stride)
+
+
 class ConvStem(nn.Sequential):
     """3×3 convolutions of stride 2 to a quarter of the size, widening from `dims[0]` channels to `dims[-1]`.
 

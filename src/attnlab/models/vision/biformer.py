@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
 from attnlab.models.skeletons.local_mlp import LocalMLP
-from attnlab.models.skeletons.parts import MLP, ConvStem, Downsample, Norm
+from attnlab.models.skeletons.parts import MLP, ConvStem, Downsample, Norm, NormFirst
 from attnlab.models.skeletons.pyramid import Block, Place, Pyramid
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.sparse.bilevel_routing import BilevelRouting
@@ -61,15 +61,6 @@ class Residual(Block):
         y = self.mlp(x)
         x = self.norm2(x + self.drop_path(y if self.scale2 is None else y * self.scale2))
         return x.permute(0, 3, 1, 2)
-
-
-class NormFirst(nn.Sequential):
-    """Halve the map as Swin does: norm, then a 2×2 convolution of stride 2."""
-
-    def __init__(self, dim: int, out_dim: int, stride: int, norm: Norm) -> None:
-        super().__init__()
-        self.norm = norm(dim)
-        self.conv = nn.Conv2d(dim, out_dim, stride, stride)
 
 
 @register(
