@@ -9,7 +9,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution without bias, a batch norm, and an activation if given; odd kernels keep the size at stride 1."""
+    """A convolution, a batch norm, and an activation if given; odd kernels keep the size at stride 1.
+
+    The norm makes the convolution's own bias superfluous; some authors have one all the same.
+    """
 
     def __init__(
         self,
@@ -20,9 +23,10 @@ class ConvNorm(nn.Sequential):
         *,
         groups: int = 1,
         activation: nn.Module | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_dim)
         if activation is not None:
             self.act = activation
