@@ -48,9 +48,24 @@ class LinearAttention(MultiHead):
     """
 
     def __init__(
-        self, dim: int, *, heads: int = 8, head_dim: int | None = None, bias: bool = False, causal: bool = False
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int | None = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        causal: bool = False,
     ) -> None:
-        super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, causal=causal)
+        super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, out_bias=out_bias, causal=causal)
+
+    def features(self, x: Tensor) -> Tensor:
+        """φ of queries or keys."""
+        return elu(x) + 1
+
+    def over(self, sums: Tensor, total: Tensor) -> Tensor:
+        """Sums of weighted values `(…, D)`, or weights, divided by the sum of the weights `(…, 1)`."""
+        return sums / (total + 1e-6)
 
     def initial_state(  # type: ignore[override]
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -78,7 +93,7 @@ class LinearAttention(MultiHead):
                 raise ValueError("streaming needs causal=True")
             self.check_state(state, Sums, len(x))
         q, k, v = self.project(x, context)
-        q, k = elu(q) + 1, elu(k) + 1
+        q, k = self.features(q), self.features(k)
         v = pad(v, (0, 1), value=1.0)  # one more channel, which sums the weights
         if self.causal:
             missing = q.shape[2] - k.shape[2]  # query i sees the context up to i: cut it, or go on with nothing
@@ -86,13 +101,13 @@ class LinearAttention(MultiHead):
             sums, after = scan(q, k, v, state=None if state is None else state.sums)
         else:
             sums = q @ (k.mT @ v)
-        y = self.wo(join_heads(sums[..., :-1] / (sums[..., -1:] + 1e-6)))
+        y = self.wo(join_heads(self.over(sums[..., :-1], sums[..., -1:])))
         return y if state is None else (y, Sums(after, state.owner))
 
     def weights(self, x: Tensor, context: Tensor | None = None, **keywords: Any) -> Tensor:
         """The weights `(B, H, N, M)` with which values are mixed: to look at, quadratic in N."""
         self.refuse(**keywords)
         q, k, _ = self.project(x, context)
-        scores = (elu(q) + 1) @ (elu(k) + 1).mT
+        scores = self.features(q) @ self.features(k).mT
         scores = scores.tril() if self.causal else scores
-        return scores / (scores.sum(-1, keepdim=True) + 1e-6)
+        return self.over(scores, scores.sum(-1, keepdim=True))
