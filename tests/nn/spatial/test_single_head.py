@@ -45,6 +45,14 @@ def test_equals_the_equations():
     torch.testing.assert_close(module(x), by_hand(module, x))
 
 
+def test_the_gradient_of_one_image_is_that_of_the_same_in_a_batch():
+    module, x = trained(), torch.randn(2, 12, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 12, 3, 4, dtype=torch.float64)
+    together = torch.autograd.grad((module(x) * weight).sum(), x)[0]
+    alone = torch.autograd.grad((module(x[:1]) * weight[:1]).sum(), x)[0]
+    torch.testing.assert_close(alone[:1], together[:1])
+
+
 def test_pixels_may_change_places():
     module, x = trained(), torch.randn(2, 12, 3, 4, dtype=torch.float64)
     order = torch.randperm(12)

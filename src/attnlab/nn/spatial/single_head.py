@@ -51,7 +51,7 @@ class SingleHeadAttention(nn.Module):
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, `(B, 1, N, key_dim or width)`, of the map's first `width` channels."""
-        tokens = self.wqkv(self.norm(x[:, : self.width])).flatten(2).mT.unsqueeze(1)
+        tokens = self.wqkv(self.norm(x[:, : self.width])).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)
         q, k, v = tokens.split((self.key_dim, self.key_dim, self.width), -1)
         return q, k, v
 
