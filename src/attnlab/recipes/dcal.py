@@ -15,6 +15,7 @@ from attnlab.attend import attend
 from attnlab.cards import RECIPE, Card, register
 from attnlab.models.skeletons.plain import Plain, TokenBlock
 from attnlab.nn.multihead import MultiHead
+from attnlab.recipes.layers import plain_blocks
 
 Fusion = Literal["mean", "max", "min"]
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k and v of one block, (B, H, N, D) each
@@ -170,19 +171,7 @@ class DCAL(nn.Module):
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio must be in (0, 1], got {ratio}")
-        if not isinstance(backbone, Plain) or backbone.class_token is None:
-            raise TypeError("backbone must be a Plain network with a class token")
-        for block in backbone.encoder.blocks:
-            mixer = cast(TokenBlock, block).mixer
-            plain = isinstance(mixer, MultiHead) and all(
-                getattr(type(mixer), name) is getattr(MultiHead, name) for name in ("forward", "project", "mix")
-            )
-            if not plain or mixer.position is not None:
-                raise TypeError(
-                    f"backbone must mix by MultiHead without positions of its own, got {type(mixer).__name__}"
-                )
-        if not isinstance(backbone.head, nn.Linear):
-            raise ValueError("backbone must have a classifier: num_classes of at least 1")
+        plain_blocks(backbone)
         self.backbone = backbone
         self.ratio, self.fusion, self.rounding, self.source = ratio, fusion, rounding, source
         self.pairing, self.partner = pairing, partner

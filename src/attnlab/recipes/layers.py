@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
+from attnlab.models.skeletons.plain import Plain, TokenBlock
 from attnlab.nn.multihead import MultiHead
 
 M = TypeVar("M", bound=MultiHead)
@@ -24,6 +25,27 @@ def attention_layers(model: nn.Module, kind: type[M]) -> Iterator[tuple[nn.Modul
     if not found:
         raise ValueError(f"model has no {kind.__name__} attention to replace: {type(model).__name__}")
     yield from found
+
+
+def plain_blocks(backbone: Plain) -> list[TokenBlock]:
+    """The blocks of a vision transformer whose softmax attention can be taken apart: project, attend, merge.
+
+    Raises unless it is a `Plain` network with a class token and a classifier, whose mixers are `MultiHead` or differ
+    from it only in what they do to their heads.
+    """
+    if not isinstance(backbone, Plain) or backbone.class_token is None:
+        raise TypeError("backbone must be a Plain network with a class token")
+    blocks = [cast(TokenBlock, block) for block in backbone.encoder.blocks]
+    for block in blocks:
+        mixer = block.mixer
+        plain = isinstance(mixer, MultiHead) and all(
+            getattr(type(mixer), name) is getattr(MultiHead, name) for name in ("forward", "project", "mix")
+        )
+        if not plain or mixer.position is not None:
+            raise TypeError(f"backbone must mix by MultiHead without positions of its own, got {type(mixer).__name__}")
+    if not isinstance(backbone.head, nn.Linear):
+        raise ValueError("backbone must have a classifier: num_classes of at least 1")
+    return blocks
 
 
 def replace_attention(
