@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from torch import Tensor
 
 import attnlab
 from attnlab.hub.official.tap_adl import PoolingTransformer
@@ -132,44 +130,3 @@ def test_what_does_not_fit_is_named() -> None:
         pass
     with pytest.raises(ValueError, match="heads"):
         RVT(dims=(8, 16), heads=(2,))
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    return F.interpolate(images, size=16, mode="bilinear").expand(-1, 3, -1, -1), torch.tensor(data.target)
-
-
-@pytest.mark.slow
-def test_looks_at_more_tokens_and_holds_up_better_under_noise() -> None:
-    images, labels = digits()
-    train, test = slice(0, 1300), slice(1300, None)
-    noisy = images[test] + 0.7 * torch.randn(images[test].shape)
-    found = {}
-    for robust in (False, True):
-        torch.manual_seed(0)
-        net = attnlab.build("vit", dim=32, depth=3, heads=2, image=16, patch=2, num_classes=10, class_token=False)
-        net = pool_tokens(net) if robust else net
-        optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3)
-        for _ in range(6):
-            for part in torch.randperm(1300).split(64):
-                with recorded(net) as maps:
-                    loss = F.cross_entropy(net(images[train][part]), labels[train][part])
-                if robust:
-                    loss = loss + diversity_loss(maps)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-        net.eval()
-        with torch.no_grad(), recorded(net) as maps:
-            clean = (net(images[test]).argmax(1) == labels[test]).float().mean().item()
-            kept = (net(noisy).argmax(1) == labels[test]).float().mean().item()
-        most = torch.stack([m.mean(1).mean(1).amax(-1).mean() for m in maps[:3]]).mean().item()
-        alike = torch.stack(
-            [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(maps[:3], maps[3:], strict=True)]
-        ).mean()
-        found[robust] = {"clean": clean, "noisy": kept, "largest column": most, "clean to noisy": alike.item()}
-    print(found)
-    assert found[True]["noisy"] > found[False]["noisy"]
-    assert found[True]["largest column"] < found[False]["largest column"]
-    assert found[True]["clean to noisy"] > found[False]["clean to noisy"]
