@@ -27,7 +27,7 @@ def attention_layers(model: nn.Module, kind: type[M]) -> Iterator[tuple[nn.Modul
     yield from found
 
 
-def plain_blocks(backbone: Plain) -> list[TokenBlock]:
+def plain_blocks(backbone: nn.Module) -> list[TokenBlock]:
     """The blocks of a vision transformer whose softmax attention can be taken apart: project, attend, merge.
 
     Raises unless it is a `Plain` network with a class token and a classifier, whose mixers are `MultiHead` or differ
