@@ -69,6 +69,7 @@ class Size:
 
     params: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    image: int | None = None  # the side of the images it is made for, where no argument says so; else 224
 
 
 @dataclass(frozen=True)

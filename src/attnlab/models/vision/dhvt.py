@@ -105,7 +105,7 @@ class DHVTBlock(nn.Module):
 
 
 def _size(params: int, dim: int, heads: int, patch: int, classes: int) -> Size:
-    return Size(params, dict(dim=dim, heads=heads, patch=patch, num_classes=classes))
+    return Size(params, dict(dim=dim, heads=heads, patch=patch, num_classes=classes), image=224 if patch == 16 else 32)
 
 
 # Parameters as the authors' code has them: CIFAR-100's models, and ImageNet's.

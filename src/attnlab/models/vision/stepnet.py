@@ -30,7 +30,7 @@ class SteppingBlock(ResidualBlock):
 def _size(params: int, depths: tuple[int, ...], bottleneck: bool, small: bool) -> Size:
     dim, classes = (16, 10) if small else (64, 1000)
     arguments = {"depths": depths, "bottleneck": bottleneck, "small": small, "dim": dim, "num_classes": classes}
-    return Size(params, arguments)
+    return Size(params, arguments, image=32 if small else 224)
 
 
 # Parameters of this construction: 10 classes for the networks of CIFAR, 1,000 for those of ImageNet.
