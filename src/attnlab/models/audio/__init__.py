@@ -1,0 +1,1 @@
+"""Networks that hear: frames of sound to classes. May import skeletons and nn."""

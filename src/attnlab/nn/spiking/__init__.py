@@ -1,0 +1,1 @@
+"""Mechanisms of spiking neurons, and the neurons themselves. May import what nn may import."""
