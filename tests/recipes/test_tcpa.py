@@ -1,218 +1,166 @@
-"""Token coordinated prompts: the picks, the mask after the softmax, what is trained, and prompts that all share."""
-
-from __future__ import annotations
+"""Prompts that tokens pick for themselves: the masked softmax, what each kind of token sees, and what is trained."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import attnlab
 from attnlab.models.skeletons.plain import Plain
-from attnlab.models.vision.vit import ViT
-from attnlab.recipes.tcpa import TCPA, PromptPool, attend_prompts, simam
-
-TINY = {"dim": 8, "depth": 2, "heads": 2, "image": 8, "patch": 4, "num_classes": 3}
-
-
-def make(depth: int = 2, **keywords) -> TCPA:
-    torch.manual_seed(0)
-    backbone = ViT(**{**TINY, "depth": depth})
-    for p in backbone.parameters():
-        nn.init.normal_(p, std=0.4)
-    options = {"size": (4, 5), "length": (2, 1), "keep": (2, 3), "dropout": 0.0, **keywords}
-    return TCPA(backbone, **options).double()
+from attnlab.nn.multihead import MultiHead
+from attnlab.recipes.tcpa import TCPA, ImagePrompter, PromptPool, coordinated_attention, fourier, simam
+from attnlab.recipes.vpt import VisualPrompts
 
 
-def images(batch: int = 3) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+def vit() -> Plain:
+    return attnlab.build("vit", dim=16, depth=2, heads=2, image=16, patch=4, num_classes=5)
 
 
-def naive(net: TCPA, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The network token by token and prompt by prompt."""
-    total = torch.zeros((), dtype=torch.float64)
-    stream = net.backbone.embed(x)[0]
-    for layer, block in enumerate(net.backbone.encoder.blocks):
-        mixer = block.mixer
-        prompts = torch.cat([p.prompts[layer].flatten(0, 1) for p in (net.class_pool, net.patch_pool)])
-        if net.fourier:
-            prompts = torch.fft.fft(torch.fft.fft(prompts, dim=-1), dim=-2).real
-        said = torch.zeros_like(stream)
-        apart: dict[PromptPool, list[Tensor]] = {net.class_pool: [], net.patch_pool: []}
-        for b in range(len(stream)):
-            sequence = block.norm1(torch.cat((stream[b, :1], prompts, stream[b, 1:])))
-            q, k, v = mixer.wqkv(sequence).view(len(sequence), 3, 2, 4).permute(1, 2, 0, 3)
-            weights = (q @ k.mT / 2).softmax(-1)
-            for i in range(stream.shape[1]):
-                pool, begin = (net.patch_pool, 1 + 4 * 2) if i else (net.class_pool, 1)
-                cosine = F.cosine_similarity(stream[b, i], pool.keys[layer], dim=-1)
-                mask = torch.ones(len(sequence), dtype=torch.float64)
-                mask[1 : 1 + len(prompts)] = 0
-                for s in cosine.argsort(descending=True)[: pool.keep].tolist():
-                    mask[begin + s * pool.length : begin + (s + 1) * pool.length] = 1
-                    apart[pool].append(1 - cosine[s])
-                at = i + len(prompts) if i else 0
-                said[b, i] = mixer.wo(((weights[:, at] * mask)[:, None] @ v).flatten())
-        total = total + sum(torch.stack(d).mean() for d in apart.values())
-        stream = block.feed(stream + said)
-    return net.backbone.head(net.backbone.encoder.norm(stream)[:, 0]), total
+def tcpa(**settings) -> TCPA:
+    return TCPA(vit(), **{"sizes": (4, 5), "picks": (2, 3), "lengths": (2, 1), "dropout": 0.0, **settings})
 
 
-@pytest.mark.parametrize("fourier", [True, False])
-@torch.no_grad()
-def test_equals_the_equations_token_by_token(fourier: bool) -> None:
-    net, x = make(fourier=fourier).eval(), images()
-    out = net.run(x)
-    logits, distance = naive(net, x)
-    torch.testing.assert_close(out.logits, logits)
-    torch.testing.assert_close(out.distance, distance)
-    torch.testing.assert_close(net(x), logits)
+def by_the_paper(mixer: MultiHead, x: Tensor, prompts: Tensor, hidden: Tensor) -> Tensor:
+    """The whole matrix of weights, the prompts' own rows too, then the mask on what the softmax gave."""
+    both = torch.cat((x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]), 1)
+    q, k, v = mixer.project(both)
+    a = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    count = prompts.shape[1]
+    a = torch.cat((a[:, :, :1], a[:, :, 1 + count :]), 2)
+    mask = torch.ones(len(x), x.shape[1], both.shape[1], dtype=x.dtype)
+    mask[:, :, 1 : 1 + count] = (~hidden).to(x)
+    return mixer.merge((a * mask[:, None]) @ v)
 
 
-@torch.no_grad()
-def test_each_token_sees_as_many_prompts_of_its_own_kind_as_it_picks() -> None:
-    net = make()
-    x = torch.randn(3, 5, 8).double()
-    seen, _ = net.match(x, 0)
-    assert seen[:, 0, 8:].sum() == 0 and (seen[:, 0, :8].sum(-1) == 2 * 2).all()
-    assert seen[:, 1:, :8].sum() == 0 and (seen[:, 1:, 8:].sum(-1) == 3).all()
-    picked = seen[:, 0, :8].view(3, 4, 2)
-    assert torch.equal(picked[..., 0], picked[..., 1])  # an entry's prompts come together
-    everything, _ = make(keep=(4, 5)).match(x, 0)
-    roles, distance = make(select="role").match(x, 0)
-    assert torch.equal(everything, roles) and distance == 0
+def heads_and_prompts() -> tuple[MultiHead, Tensor, Tensor, Tensor]:
+    mixer = MultiHead(16, heads=2, bias=True).double()
+    x, prompts = torch.randn(3, 9, 16, dtype=torch.float64), torch.randn(1, 5, 16, dtype=torch.float64)
+    return mixer, x, prompts, torch.rand(3, 9, 5) < 0.5
 
 
-@torch.no_grad()
-def test_hidden_prompts_say_nothing_but_keep_their_share_of_the_softmax() -> None:
-    net = make(depth=1).eval()
-    x = torch.randn(2, 5, 8).double()
-    seen, _ = net.match(x, 0)
-    q, k, v = net.backbone.encoder.blocks[0].mixer.project(x)
-    pk, pv = torch.randn(2, 1, 2, 13, 4).double()
-    y = attend_prompts(q, k, v, pk, pv, seen)
-    pv[:, :, 8:] += 1
-    assert torch.equal(attend_prompts(q, k, v, pk, pv, seen)[:, :, 0], y[:, :, 0])  # not the patches' values
-    pk[:, :, 8:] += 1
-    moved = attend_prompts(q, k, v, pk, pv, seen)[:, :, 0]
-    assert not torch.allclose(moved, y[:, :, 0])  # but their scores
-    ones = attend_prompts(q, k, torch.ones_like(v), pk, torch.ones_like(pv), seen)
-    assert (ones < 1).all()
+def test_equals_the_masked_matrix_of_weights_and_its_gradients() -> None:
+    mixer, x, prompts, hidden = heads_and_prompts()
+    leaves = [x.requires_grad_(), prompts.requires_grad_(), *mixer.parameters()]
+    ours, theirs = coordinated_attention(mixer, x, prompts, hidden), by_the_paper(mixer, x, prompts, hidden)
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), leaves) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
-@torch.no_grad()
-def test_without_prompts_it_is_the_backbone() -> None:
-    net, x = make(size=0, length=1, keep=0).eval(), images()
-    torch.testing.assert_close(net(x), net.backbone(x))
-    assert net.run(x).distance == 0
+def test_without_prompts_it_is_plain_attention() -> None:
+    mixer, x, prompts, hidden = heads_and_prompts()
+    torch.testing.assert_close(coordinated_attention(mixer, x, prompts[:, :0], hidden[..., :0]), mixer(x))
 
 
-@torch.no_grad()
-def test_shared_prompts_are_those_that_a_block_over_tokens_and_prompts_sees() -> None:
-    net, x = make(select="all").eval(), images()
-    stream = net.backbone.embed(x)[0]
-    for layer, block in enumerate(net.backbone.encoder.blocks):
-        prompts = net.prompts(layer, 3).expand(3, -1, -1)
-        stream = block(torch.cat((stream, prompts), 1))[:, :5]  # the next layer's replace them
-    torch.testing.assert_close(net.run(x).tokens, net.backbone.encoder.norm(stream))
+def test_a_hidden_prompt_gives_no_value_but_takes_its_share_of_the_softmax() -> None:
+    mixer, x, prompts, hidden = heads_and_prompts()
+    hidden[:, 0], hidden[:, 1:] = torch.tensor([False, False, True, True, True]), True
+    found = coordinated_attention(mixer, x, prompts, hidden)
+    # Other values for what the class token does not see: its row is as it was.
+    affine = torch.stack((torch.ones(5, 16), torch.zeros(5, 16))).double()
+    affine[:, 2:] = 3.0
+    torch.testing.assert_close(coordinated_attention(mixer, x, prompts, hidden, affine)[:, 0], found[:, 0])
+    moved = prompts.clone()
+    moved[:, 2:] += 1.0
+    assert not torch.allclose(coordinated_attention(mixer, x, moved, hidden)[:, 0], found[:, 0])
 
 
-def test_distance_trains_keys_and_cross_entropy_prompts_and_the_backbone_stays() -> None:
-    net, x = make(depth=1), images()
-    out = net.run(x)
-    names = [n for n, p in net.named_parameters() if p.requires_grad]
-    found = {}
-    for term in (out.distance, F.cross_entropy(out.logits, torch.tensor([0, 1, 2]))):
-        gradients = torch.autograd.grad(
-            term, [net.get_parameter(n) for n in names], allow_unused=True, retain_graph=True
-        )
-        found[term] = [n for n, g in zip(names, gradients, strict=True) if g is not None and g.any()]
-    near, task = found.values()
-    assert near == ["class_pool.keys", "patch_pool.keys"]
-    assert sorted(task) == ["backbone.head.bias", "backbone.head.weight", "class_pool.prompts", "patch_pool.prompts"]
+def test_each_token_sees_its_picks_of_its_own_kind() -> None:
+    net, x = tcpa(), torch.randn(3, 17, 16)
+    hidden, distance = net.hidden(1, x)
+    assert torch.equal((~hidden).sum(-1)[:, 0], torch.full((3,), 2 * 2))
+    assert torch.equal((~hidden).sum(-1)[:, 1:], torch.full((3, 16), 3 * 1))
+    assert hidden[:, 0, 8:].all() and hidden[:, 1:, :8].all()
+    assert torch.equal(hidden[:, 0, 0:8:2], hidden[:, 0, 1:8:2])  # both prompts of an entry
+    likeness = F.cosine_similarity(x[:, :, None], net.patch_pool.keys[1], dim=-1)
+    assert torch.equal(~hidden[:, 1:, 8:], likeness[:, 1:] >= likeness[:, 1:].topk(3).values[..., -1:])
+    one = F.cosine_similarity(x[:, :1, None], net.class_pool.keys[1], dim=-1).topk(2).values
+    torch.testing.assert_close(distance, (1 - one).mean() + (1 - likeness[:, 1:].topk(3).values).mean())
+    everything, nothing = tcpa(matched=False).hidden(0, x)
+    assert torch.equal((~everything).sum(-1)[0], torch.tensor([8] + [5] * 16)) and nothing == 0
 
 
-def test_training_mode_drops_prompts_and_leaves_the_backbone_as_it_is() -> None:
-    net = make(dropout=0.5)
-    assert net.training and not net.backbone.training and net.dropout.training
-    assert net.prompts(0, 3).shape == (3, 13, 8) and net.eval().prompts(0, 3).shape == (1, 13, 8)
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    assert trained == 2 * (4 * 8 + 4 * 2 * 8 + 5 * 8 + 5 * 8) + 8 * 3 + 3
+def test_random_picks_keep_their_number() -> None:
+    net, x = tcpa(), torch.randn(3, 17, 16)
+    first, second = (net.hidden(0, x, random=True).chosen for _ in range(2))
+    assert torch.equal(first.sum(-1), second.sum(-1)) and not torch.equal(first, second)
 
 
-def test_warming_up_picks_at_random_and_still_measures_the_distance() -> None:
-    net, x = make(depth=1), images(1)
-    seeds = [torch.Generator().manual_seed(s) for s in (0, 0, 1)]
-    runs = [net.run(x, random=True, generator=g) for g in seeds]
-    torch.testing.assert_close(runs[0].logits, runs[1].logits)
-    assert not torch.allclose(runs[0].logits, runs[2].logits)
-    assert runs[0].distance > net.run(x).distance  # the nearest are nearer
+def test_the_distance_trains_keys_and_the_classes_train_prompts() -> None:
+    net, images = tcpa(affine=True).train(), torch.randn(2, 3, 16, 16)
+    assert not net.backbone.training
+    logits, distance = net(images)
+    pools = (net.class_pool, net.patch_pool)
+    keys, prompts = ([getattr(p, name) for p in pools] for name in ("keys", "prompts"))
+    grads = torch.autograd.grad(
+        logits.pow(2).sum(), [*keys, *prompts, net.affine], allow_unused=True, retain_graph=True
+    )
+    assert grads[0] is None and grads[1] is None and all(g.any() for g in grads[2:])
+    # The first layer's input hangs on no prompt, so that its picks' distance moves keys alone.
+    _, first = net.hidden(0, net.backbone.embed(images)[0])
+    grads = torch.autograd.grad(first, [*keys, *prompts], allow_unused=True)
+    assert grads[0].any() and grads[1].any() and grads[2] is None and grads[3] is None
+    (logits.pow(2).sum() + distance).backward()
+    assert {n for n, p in net.backbone.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
 
 
-def test_counts_the_papers_parameters() -> None:
+def test_picking_everything_hangs_on_every_prompt_of_ones_kind() -> None:
+    net = tcpa(sizes=(3, 3), picks=(3, 3), lengths=(1, 1), with_fourier=False)
+    x = torch.randn(1, 17, 16)
+    hidden, _ = net.hidden(0, x)
+    prompts = net.prompts(0).detach().requires_grad_()
+    mixer = net.backbone.encoder.blocks[0].mixer
+    out = coordinated_attention(mixer, x, prompts, hidden)
+    for row in (out[:, 0], out[:, 5]):
+        (gradient,) = torch.autograd.grad(row.sum(), prompts, retain_graph=True)
+        assert (gradient[0].abs().sum(-1) > 0).all()
+
+
+def test_dropout_differs_between_images_and_fourier_is_the_real_part() -> None:
+    net = tcpa(dropout=0.5, with_fourier=False).train()
+    prompts = net.prompts(0, 2)
+    assert prompts.shape == (2, 13, 16) and not torch.equal(prompts[0], prompts[1])
+    p = torch.randn(1, 3, 4, dtype=torch.float64)
+    wanted = torch.zeros(1, 3, 4, dtype=torch.float64)
+    for a in range(3):
+        for b in range(4):
+            for i in range(3):
+                for j in range(4):
+                    wanted[0, a, b] += p[0, i, j] * torch.cos(2 * torch.pi * torch.tensor(a * i / 3 + b * j / 4))
+    torch.testing.assert_close(fourier(p), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_are_the_papers() -> None:
     with torch.device("meta"):
         net = TCPA(attnlab.build("vit_base_patch16_224", num_classes=10))
-    trained = {n: p.numel() for n, p in net.named_parameters() if p.requires_grad}
-    head = 768 * 10 + 10
-    assert sum(trained.values()) == 663_552 + head
+    trained = sum(p.numel() for n, p in net.named_parameters() if p.requires_grad and "head" not in n)
+    assert trained == 663_552
 
 
-def test_optional_parts_are_trained_too() -> None:
-    net, x = make(value_affine=True, image_prompt=True, sharpen=True), images()
-    out = net.run(x)
-    net.loss(out, torch.tensor([0, 1, 2])).backward()
-    parts = ("value_scale", "value_shift", "prompter.0.weight", "prompter.1.weight", "prompter.2.bias")
-    assert all(net.get_parameter(n).grad.any() for n in parts)
-    seen, _ = net.match(net.backbone.embed(x)[0], 0)
-    y = net.attention(net.backbone.embed(x)[0], 0, seen)
-    with torch.no_grad():
-        net.value_scale.fill_(1)
-        net.value_shift.fill_(0)
-    plain = make()
-    torch.testing.assert_close(net.attention(x0 := net.backbone.embed(x)[0], 0, seen), plain.attention(x0, 0, seen))
-    assert not torch.allclose(y, net.attention(x0, 0, seen))
-    flat = torch.ones(1, 3, 4, 4)
-    torch.testing.assert_close(simam(flat), flat * torch.tensor(0.5).sigmoid())
+def test_shared_prompts_are_tokens_of_every_layer() -> None:
+    net, images = VisualPrompts(vit(), length=3).train(), torch.randn(2, 3, 16, 16)
+    x, _ = net.backbone.embed(images)
+    for block, prompts in zip(net.backbone.encoder.blocks, net.prompts, strict=True):
+        x = block(torch.cat((x[:, :1], prompts.expand(2, -1, -1), x[:, 1:]), 1))
+        x = torch.cat((x[:, :1], x[:, 4:]), 1)
+    torch.testing.assert_close(net(images), net.backbone.head(net.backbone.encoder.norm(x)[:, 0]))
+    net(images).sum().backward()
+    assert net.prompts.grad.any() and net.backbone.patches.weight.grad is None
+    assert VisualPrompts(vit(), length=3, deep=False)(images).shape == (2, 5)
 
 
-def test_reads_the_authors_names() -> None:
-    from attnlab.hub.official.tcpa import TunedTransformer
-
-    torch.manual_seed(0)
-    net = make(size=4, length=1, keep=2)
-    net.backbone = ViT(dim=8, depth=2, heads=2, image=8, patch=4, num_classes=3).double()
-    blocks = (
-        (".mixer.wqkv", ".attn.qkv"),
-        (".mixer.wo", ".attn.proj"),
-        ("encoder.", ""),
-        ("patches", "patch_embed.proj"),
-    )
-    theirs = {}
-    for name, p in net.state_dict().items():
-        name = name.replace("class_pool", "Pool.Pool_cls").replace("patch_pool", "Pool.Pool_image")
-        for ours, their in blocks:
-            name = name.replace(ours, their)
-        name = name.replace("class_token", "cls_token").replace("positions.table", "pos_embed")
-        theirs[name] = p[None] if name.endswith("pos_embed") else p[None, None] if name.endswith("cls_token") else p
-    arguments = {"topk_cls": 2, "topk_image": 2, "num_heads": 2}
-    again = TunedTransformer.build(arguments, theirs).double().eval()
-    x = images()
-    torch.testing.assert_close(TunedTransformer.run(again, {"x": x})["logits"], net.eval()(x))
+def test_options_on_the_image() -> None:
+    images = torch.randn(2, 3, 12, 12)
+    assert ImagePrompter()(images).shape == images.shape
+    flat = simam(torch.ones(1, 2, 4, 4))
+    torch.testing.assert_close(flat, torch.full_like(flat, torch.tensor(0.5).sigmoid().item()))
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: make(size=-1), ValueError, "size must be at least 0"),
-        (lambda: make(keep=(5, 1)), ValueError, r"keep must be from 1 to size = \(4, 5\)"),
-        (lambda: make(keep=0), ValueError, "keep must be from 1"),
-        (lambda: make(select="some"), ValueError, "select must be 'token', 'role' or 'all'"),
-        (lambda: TCPA(nn.Linear(2, 2)), TypeError, "backbone must be a Plain network with a class token"),
-        (lambda: TCPA(Plain(dim=8, depth=1, mixer="linear", image=8, patch=4)), TypeError, "must mix by MultiHead"),
-        (lambda: TCPA(ViT(**{**TINY, "num_classes": 0})), ValueError, "backbone must have a classifier"),
-        (lambda: make()(torch.zeros(1, 3, 7, 8).double()), ValueError, "x must be images"),
-    ],
-)
-def test_errors_name_what_is_wrong(call, error, message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match="picks"):
+        PromptPool(8, 2, size=3, picks=4)
+    with pytest.raises(TypeError, match="backbone"):
+        TCPA(attnlab.build("vit", dim=16, depth=1, heads=2, image=16, patch=4, class_token=False))
+    with pytest.raises(ValueError, match="length"):
+        VisualPrompts(vit(), length=0)

@@ -1,9 +1,8 @@
-"""Token coordinated prompt attention: prompts for a frozen vision transformer of which each token sees its own few."""
+"""Each token picks its own prompts: token-coordinated prompt attention on a frozen ViT (TCPA)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,67 +11,63 @@ from torch import Tensor, nn
 from attnlab.attend import attend
 from attnlab.cards import RECIPE, Card, register
 from attnlab.models.skeletons.plain import Plain, TokenBlock
+from attnlab.models.skeletons.prompts import freeze
+from attnlab.nn.mechanism import split_heads
 from attnlab.nn.multihead import MultiHead
-from attnlab.recipes.layers import plain_blocks
-
-Pair = int | tuple[int, int]  # the class token's and the patches', or one number for both
 
 
-class Prompted(NamedTuple):
-    """What one pass gives."""
+class Picks(NamedTuple):
+    """Which entries of a pool each token picked, and how far their keys are from it."""
 
-    logits: Tensor  # (B, classes)
-    distance: Tensor  # (), how far tokens are from the keys of their prompts, summed over layers
-    tokens: Tensor  # (B, 1 + N, C), through the last norm
+    chosen: Tensor  # (B, N, S), true or false
+    distance: Tensor  # a scalar
 
 
 class PromptPool(nn.Module):
-    """S entries per layer, each a key by which it is found and a few prompts: keys (L, S, C), prompts (L, S, l, C)."""
+    """S entries per layer, each a key and `length` prompts: a token picks the entries whose keys are most like it."""
 
-    def __init__(self, layers: int, size: int, length: int, dim: int, keep: int) -> None:
+    def __init__(self, dim: int, layers: int, *, size: int, length: int = 1, picks: int) -> None:
         super().__init__()
-        self.size, self.length, self.keep = size, length, keep
+        if size < 1 or length < 1 or not 1 <= picks <= size:
+            raise ValueError(f"picks must be from 1 to size, and length at least 1, got {picks}, {size} and {length}")
+        self.picks, self.length = picks, length
         self.keys = nn.Parameter(torch.empty(layers, size, dim).uniform_(-1, 1))
         self.prompts = nn.Parameter(torch.empty(layers, size, length, dim).uniform_(-1, 1))
 
-    def match(
-        self, x: Tensor, layer: int, *, random: bool = False, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Which prompts each token of `x` (B, N, C) sees, (B, N, S·l), and the mean 1 − cosine to the picked keys."""
-        if not self.keep:
-            return x.new_zeros(*x.shape[:2], 0, dtype=torch.bool), x.new_zeros(())
-        cosine = F.normalize(x, dim=-1) @ F.normalize(self.keys[layer], dim=-1).T
-        order = torch.rand(cosine.shape, generator=generator).to(x.device) if random else cosine
-        picks = order.topk(self.keep, dim=-1).indices
-        seen = torch.zeros_like(cosine, dtype=torch.bool).scatter(-1, picks, True)
-        return seen.repeat_interleave(self.length, -1), 1 - cosine.gather(-1, picks).mean()
+    def pick(self, layer: int, x: Tensor, *, random: bool = False) -> Picks:
+        """For tokens (B, N, C): the most alike entries by cosine, or any, with `random`. Only keys get a gradient."""
+        likeness = F.normalize(x, dim=-1) @ F.normalize(self.keys[layer], dim=-1).T
+        rank = torch.rand_like(likeness) if random else likeness
+        at = rank.topk(self.picks, dim=-1).indices
+        chosen = torch.zeros_like(likeness, dtype=torch.bool).scatter_(-1, at, True)
+        return Picks(chosen, (1 - likeness.gather(-1, at)).mean())
 
 
-def attend_prompts(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Attention to tokens and prompts where a prompt that is not seen keeps its share of the softmax and says nothing.
+def fourier(prompts: Tensor) -> Tensor:
+    """Re(FFT over tokens(FFT over channels)) of prompts (…, P, C), unnormalised (VFPT, arXiv 2411.01327)."""
+    return torch.fft.fft(torch.fft.fft(prompts, dim=-1), dim=-2).real
 
-        out_i = Σ_j a_ij v_j + Σ_m seen_im a_im pv_m        a_i = softmax over tokens j and prompts m, together
 
-    q, k, v (B, H, N, D), prompts pk, pv (B or 1, H, M, D), seen (B, N, M), all if None. The two parts are computed
-    apart, tokens by the fused kernel, and joined by the log-sum-exp.
+def coordinated_attention(
+    mixer: MultiHead, x: Tensor, prompts: Tensor, hidden: Tensor, affine: Tensor | None = None
+) -> Tensor:
+    """Attention of tokens x (B, N, C) to themselves and to prompts, of which each token's `hidden` ones weigh nothing.
+
+        out_i = Wo Σ_j M_ij a_ij v_j        a = softmax over the N tokens and all P prompts, M = 0 where hidden
+
+    Both normed before; prompts (1 or B, P, C), hidden (B, N, P). Hidden prompts keep their part of the denominator, so
+    that rows sum to less than 1. Computed as plain attention to everything, less what the hidden ones gave:
+    O(N (N + P)), with no matrix of N² weights. `affine` (2, P, C) scales and shifts the prompts' values.
     """
-    if seen is None:
-        pk, pv = (p.expand(len(q), -1, -1, -1) for p in (pk, pv))
-        return attend(q, torch.cat((pk, k), 2), torch.cat((pv, v), 2))
-    own, lse = attend(q, k, v, return_lse=True)
-    scores = (q * q.shape[-1] ** -0.5) @ pk.mT
-    share = (scores.logsumexp(-1) - lse.to(scores.dtype)).sigmoid().unsqueeze(-1)
-    return torch.lerp(own, (scores.softmax(-1) * seen.unsqueeze(1)) @ pv, share)
-
-
-def simam(x: Tensor, eps: float = 1e-3) -> Tensor:
-    """Images (B, C, H, W), each pixel weighed by how far it is from its channel's mean (SimAM, without parameters).
-
-    x σ(d / (4 (Σ d / (HW − 1) + eps)) + ½),  d = (x − mean)²
-    """
-    apart = (x - x.mean((2, 3), keepdim=True)).square()
-    spread = apart.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
-    return x * (apart / (4 * (spread + eps)) + 0.5).sigmoid()
+    q, k, v = mixer.project(x)
+    _, own_k, own_v = mixer.project(prompts)
+    if affine is not None:
+        scale, shift = (split_heads(t[None], mixer.heads) for t in affine)
+        own_v = own_v * scale + shift
+    own_k, own_v = (t.expand(len(x), -1, -1, -1) for t in (own_k, own_v))
+    out, lse = attend(q, torch.cat((k, own_k), 2), torch.cat((v, own_v), 2), return_lse=True)
+    weights = (q @ own_k.mT * q.shape[-1] ** -0.5 - lse.unsqueeze(-1)).exp()
+    return mixer.merge(out - (weights * hidden[:, None]) @ own_v)
 
 
 @register(
@@ -80,153 +75,126 @@ def simam(x: Tensor, eps: float = 1e-3) -> Tensor:
         name="tcpa",
         title="Token Coordinated Prompt Attention is Needed for Visual Prompting",
         paper="2505.02406",
-        family="prompts",
+        system="tcpa",
+        family="prompting",
         kind=RECIPE,
-        cost="N (N + p)",
+        cost="N (N + P)",
     )
 )
 class TCPA(nn.Module):
-    """Tunes a frozen vision transformer by prompts in each layer, of which each token sees a few of its own.
+    """A frozen ViT with two pools of prompts per layer: the class token sees some of one, each patch some of the other.
 
-        pool of S entries (key_s, l prompts), one for the class token and one for the patches, per layer
-        token i picks the `keep` entries of the largest cos(x_i, key_s)          x the residual stream
-        y_i = Wo Σ_j a_ij M_ij v_j        a = softmax over N + 1 tokens and p prompts, M = 0 at prompts not picked
+        logits, distance = tcpa(images)
+        loss = cross_entropy(logits, labels) + 0.1 · distance
 
-        tcpa = TCPA(attnlab.build("vit_base_patch16_224", num_classes=10))     # after its weights were loaded
-        optimizer = torch.optim.AdamW(p for p in tcpa.parameters() if p.requires_grad)
-        loss = tcpa.loss(tcpa.run(images, random=epoch < 5), labels)
-        logits = tcpa.eval()(images)
-
-    M comes after the softmax, without renormalising, so hidden prompts still take their share (what the authors' code
-    does; a mask before it is another model). Prompts ask nothing and are forgotten after each layer. The backbone is
-    frozen and stays in evaluation mode but for its classifier; trained are both pools, 2·L·S·(1 + l)·C numbers at
-    equal sizes, and the head. Picks are hard, so a layer's cross-entropy trains its prompts and its distance its keys.
-    Source: arXiv 2505.02406 (zhoujiahuan1991/ICML2025-TCPA), which picks at random for the first 5 to 10 epochs.
+    A layer: each token picks entries by the cosine of its stream and their keys, then attends, `coordinated_attention`,
+    to all tokens and to what it picked; prompts are gone behind each layer. `distance` pulls keys to the tokens that
+    picked them, summed over layers and pools; picks are hard, so it alone trains the keys.
+    Trained: 2·layers·(S + S·length)·C numbers per pool pair, and the head. Source: arXiv 2505.02406;
+    zhoujiahuan1991/ICML2025-TCPA: AdamW at 5e-3, decay 0.1, 100 epochs with mixup, of which the first few with
+    `random` picks, distance at 0.01.
 
     Args:
-        backbone: a `Plain` network with a class token, a classifier and `MultiHead` mixers.
-        size, length, keep: S, l and the number of entries picked; a number, or (the class token's, the patches').
-        select: "token" as above; "role" hides only the other role's prompts; "all" hides none: VPT (VFPT if `fourier`).
-        fourier: prompts go through a Fourier transform over channels and prompts, whose real part is used (VFPT).
-        dropout: of the prompts in training.
-        value_affine: a learned scale and shift of the prompts' values. image_prompt: two 11×11 convolutions whose
-            output is added to the image. sharpen: `simam` over the image, before all else. The authors' runs have none.
+        backbone: a `Plain` network with a class token, `MultiHead` mixers and a classifier; becomes a part, frozen.
+        sizes, picks, lengths: S, how many are picked, and prompts per entry, for the class token's and the patches'
+            pool.
+        with_fourier: prompts pass through `fourier` (TCPA on VFPT); without, on VPT.
+        matched: False lets every token see all prompts of its kind, without picking.
+        affine: learn a scale and shift of the prompts' values. dropout: of the prompts, in training.
     """
 
     def __init__(
         self,
         backbone: Plain,
         *,
-        size: Pair = 18,
-        length: Pair = 1,
-        keep: Pair = 10,
-        select: Literal["token", "role", "all"] = "token",
-        fourier: bool = True,
+        sizes: tuple[int, int] = (18, 18),
+        picks: tuple[int, int] = (10, 10),
+        lengths: tuple[int, int] = (1, 1),
+        with_fourier: bool = True,
+        matched: bool = True,
+        affine: bool = False,
         dropout: float = 0.1,
-        value_affine: bool = False,
-        image_prompt: bool = False,
-        sharpen: bool = False,
     ) -> None:
         super().__init__()
-        sizes, lengths, keeps = (n if isinstance(n, tuple) else (n, n) for n in (size, length, keep))
-        if min(sizes) < 0 or min(lengths) < 1:
-            raise ValueError(f"size must be at least 0 and length at least 1, got {size} and {length}")
-        if any(not min(1, s) <= k <= s for k, s in zip(keeps, sizes, strict=True)):
-            raise ValueError(f"keep must be from 1 to size = {size}, got {keep}")
-        if select not in ("token", "role", "all"):
-            raise ValueError(f"select must be 'token', 'role' or 'all', got {select!r}")
-        layers = len(plain_blocks(backbone))
-        self.backbone, self.select, self.fourier, self.sharpen = backbone, select, fourier, sharpen
-        dim = backbone.channels[0]
+        mixers = [cast(TokenBlock, block).mixer for block in backbone.encoder.blocks]
+        if backbone.class_token is None or not all(isinstance(m, MultiHead) for m in mixers):
+            raise TypeError("backbone must be a Plain network with a class token and MultiHead mixers")
+        self.backbone, self.with_fourier, self.matched = backbone, with_fourier, matched
+        freeze(backbone)
+        backbone.head.requires_grad_()
+        dim, layers = backbone.channels[0], len(mixers)
         self.class_pool, self.patch_pool = (
-            PromptPool(layers, size, length, dim, keep)
-            for size, length, keep in zip(sizes, lengths, keeps, strict=True)
+            PromptPool(dim, layers, size=size, length=length, picks=count)
+            for size, count, length in zip(sizes, picks, lengths, strict=True)
         )
-        self.count = sum(s * n for s, n in zip(sizes, lengths, strict=True))
         self.dropout = nn.Dropout(dropout)
-        self.value_scale = self.value_shift = None
-        if value_affine:
-            spread = (2 / dim) ** 0.5  # the authors draw a tenth of He's normal around 1 and 0
-            self.value_scale = nn.Parameter(1 + 0.1 * spread * torch.randn(self.count, dim))
-            self.value_shift = nn.Parameter(0.1 * spread * torch.randn(self.count, dim))
-        colours = backbone.in_channels
-        self.prompter = (
-            nn.Sequential(
-                nn.Conv2d(colours, 3 * colours, 11, padding=5),
-                nn.PReLU(),
-                nn.Conv2d(3 * colours, colours, 11, padding=5),
-            )
-            if image_prompt
-            else None
-        )
-        backbone.requires_grad_(False)
-        backbone.head.requires_grad_(True)
-        self.train(self.training)
+        self.affine = None
+        if affine:
+            count = sum(size * length for size, length in zip(sizes, lengths, strict=True))
+            start = 0.1 * (2 / (count * dim)) ** 0.5 * torch.randn(2, count, dim)
+            start[0] += 1
+            self.affine = nn.Parameter(start)
 
     def train(self, mode: bool = True) -> TCPA:
         super().train(mode)
         self.backbone.eval()
         return self
 
-    def prompts(self, layer: int, batch: int) -> Tensor:
-        """A layer's prompts, the class token's and then the patches', (1, p, C); (B, p, C) where dropout hits them."""
-        prompts = torch.cat([pool.prompts[layer].flatten(0, 1) for pool in (self.class_pool, self.patch_pool)])[None]
-        if self.training and self.dropout.p:
-            prompts = self.dropout(prompts.expand(batch, -1, -1))
-        return torch.fft.fft2(prompts).real if self.fourier and self.count else prompts
+    def prompts(self, layer: int, batch: int = 1) -> Tensor:
+        """The layer's prompts (1 or B, P, C), the class token's first; of each image its own where dropout differs."""
+        both = torch.cat([p.prompts[layer].flatten(0, 1) for p in (self.class_pool, self.patch_pool)])
+        both = self.dropout(both.expand(batch if self.training and self.dropout.p else 1, -1, -1))
+        return fourier(both) if self.with_fourier else both
 
-    def match(
-        self, x: Tensor, layer: int, *, random: bool = False, generator: torch.Generator | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Which prompts each token of the residual stream `x` (B, 1 + N, C) sees, (B, 1 + N, p), and the distance."""
-        own, other = self.class_pool, self.patch_pool
-        if self.select == "all":
-            return None, x.new_zeros(())
-        if self.select == "role":
-            seen = torch.zeros(x.shape[1], self.count, dtype=torch.bool, device=x.device)
-            cut = own.size * own.length
-            seen[0, :cut] = seen[1:, cut:] = True
-            return seen.expand(len(x), -1, -1), x.new_zeros(())
-        first, near = own.match(x[:, :1], layer, random=random, generator=generator)
-        rest, nearby = other.match(x[:, 1:], layer, random=random, generator=generator)
-        first, rest = F.pad(first, (0, rest.shape[-1])), F.pad(rest, (first.shape[-1], 0))
-        return torch.cat((first, rest), 1), near + nearby
+    def hidden(self, layer: int, x: Tensor, *, random: bool = False) -> Picks:
+        """Which prompts each token does not see (B, N, P), and the distance, for the layer's input before its norm."""
+        one, other = x[:, :1], x[:, 1:]
+        seen, total = [], x.new_zeros(())
+        for pool, tokens in ((self.class_pool, one), (self.patch_pool, other)):
+            if self.matched:
+                picked = pool.pick(layer, tokens, random=random)
+                chosen, total = picked.chosen, total + picked.distance
+            else:
+                chosen = torch.ones(*tokens.shape[:2], pool.keys.shape[1], dtype=torch.bool, device=x.device)
+            seen.append(chosen.repeat_interleave(pool.length, -1))
+        first, rest = seen
+        hidden = torch.ones(*x.shape[:2], first.shape[-1] + rest.shape[-1], dtype=torch.bool, device=x.device)
+        hidden[:, :1, : first.shape[-1]] = ~first
+        hidden[:, 1:, first.shape[-1] :] = ~rest
+        return Picks(hidden, total)
 
-    def attention(self, x: Tensor, layer: int, seen: Tensor | None) -> Tensor:
-        """What the layer's attention says of `x` (B, 1 + N, C), the residual stream, with its prompts beside it."""
-        block = cast(TokenBlock, self.backbone.encoder.blocks[layer])
-        mixer = cast(MultiHead, block.mixer)
-        q, k, v = mixer.project(block.norm1(x))
-        _, pk, pv = mixer.project(block.norm1(self.prompts(layer, len(x))))
-        if self.value_scale is not None and self.value_shift is not None:
-            scale, shift = (
-                p.unflatten(1, (mixer.kv_heads, -1)).transpose(0, 1) for p in (self.value_scale, self.value_shift)
-            )
-            pv = pv * scale + shift
-        return mixer.merge(attend_prompts(q, k, v, pk, pv, seen) if self.count else attend(q, k, v))
-
-    def run(self, images: Tensor, *, random: bool = False, generator: torch.Generator | None = None) -> Prompted:
-        """Logits, distance and tokens; with `random`, prompts are picked at random, to warm up."""
-        images = simam(images) if self.sharpen else images
-        images = images if self.prompter is None else images + self.prompter(images)
+    def tokens(self, images: Tensor, *, random: bool = False) -> tuple[Tensor, Tensor]:
+        """The class token and the patches (B, 1 + N, C) behind the last norm, and the distance."""
         x, _ = self.backbone.embed(images)
         distance = x.new_zeros(())
         for layer, block in enumerate(self.backbone.encoder.blocks):
-            seen, apart = self.match(x, layer, random=random, generator=generator)
-            distance = distance + apart
-            x = cast(TokenBlock, block).after(x, self.attention(x, layer, seen))
-        tokens = self.backbone.encoder.norm(x)
-        return Prompted(self.backbone.head(tokens[:, 0]), distance, tokens)
+            block = cast(TokenBlock, block)
+            hidden, step = self.hidden(layer, x, random=random)
+            distance = distance + step
+            prompts = block.norm1(self.prompts(layer, len(x)))
+            mixer = cast(MultiHead, block.mixer)
+            x = block.after(x, coordinated_attention(mixer, block.norm1(x), prompts, hidden, self.affine))
+        return self.backbone.encoder.norm(x), distance
 
-    def loss(
-        self,
-        out: Prompted,
-        labels: Tensor,
-        weight: float = 0.1,
-        task: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-    ) -> Tensor:
-        """`task` of the logits, plus the distance by its weight (0.1 in the paper, 0.01 in the authors' scripts)."""
-        return task(out.logits, labels) + weight * out.distance
+    def forward(self, images: Tensor, *, random: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits (B, num_classes) and the distance; with `random`, for the first epochs, any entries are picked."""
+        x, distance = self.tokens(images, random=random)
+        return self.backbone.head(x[:, 0]), distance
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.run(images).logits
+
+class ImagePrompter(nn.Sequential):
+    """An option of the release: a picture to be added to the picture, from two 11×11 convolutions. (B, 3, H, W)."""
+
+    def __init__(self, hidden: int = 9, kernel: int = 11) -> None:
+        convs = [nn.Conv2d(a, b, kernel, padding=kernel // 2) for a, b in ((3, hidden), (hidden, 3))]
+        super().__init__(convs[0], nn.PReLU(), convs[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def simam(x: Tensor, smoothing: float = 1e-4) -> Tensor:
+    """Another: pixels gated by how far they are from their channel's mean, without parameters (SimAM, ICML 2021)."""
+    far = (x - x.mean((2, 3), keepdim=True)).square()
+    spread = far.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
+    return x * (far / (4 * (spread + smoothing)) + 0.5).sigmoid()

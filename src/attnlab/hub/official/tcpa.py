@@ -1,142 +1,83 @@
-"""zhoujiahuan1991/ICML2025-TCPA (arXiv 2505.02406): prompt pools around a frozen vision transformer."""
+"""zhoujiahuan1991/ICML2025-TCPA (arXiv 2505.02406): one layer's picks, prompts and attention."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnlab.hub.official import official
-from attnlab.hub.official.vit import VisionTransformer
 from attnlab.hub.renaming import load, rename
 from attnlab.models.skeletons.plain import Plain
 from attnlab.nn.multihead import MultiHead
-from attnlab.recipes.tcpa import TCPA
-
-_REPOSITORY = "zhoujiahuan1991/ICML2025-TCPA"
+from attnlab.recipes.tcpa import TCPA, coordinated_attention
 
 
-def _pools(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All but the backbone."""
-    rules = (
-        (r"^(?:Pool\.)?Pool_cls\.", "class_pool."),
-        (r"^(?:Pool\.)?Pool_image\.", "patch_pool."),
-        (r"^ADVP_w$", "value_scale"),
-        (r"^ADVP_b$", "value_shift"),
-        (r"^Prompter\.Prompter\.", "prompter."),
-    )
-    found = rename({n: p for n, p in params.items() if "ool" in n or n.startswith(("ADVP", "Prompter"))}, rules)
-    return {n: p.flatten(0, -2) if n.startswith("value") else p for n, p in found.items()}
+class _Layer(nn.Module):
+    """One layer of a TCPA, which stands in a ViT of the right depth."""
 
-
-def _tune(backbone: Plain, arguments: Mapping[str, Any], params: Mapping[str, Tensor]) -> TCPA:
-    if not arguments.get("RDVP", True):
-        raise ValueError("RDVP must be True: without it the authors' networks have no prompts")
-    if arguments.get("random_prompt"):
-        raise ValueError("random_prompt must be False: noise on the tokens is not here")
-    pools = _pools(params)
-    return TCPA(
-        backbone,
-        size=(pools["class_pool.keys"].shape[1], pools["patch_pool.keys"].shape[1]),
-        length=(pools["class_pool.prompts"].shape[2], pools["patch_pool.prompts"].shape[2]),
-        keep=(arguments.get("topk_cls", 9), arguments.get("topk_image", 9)),
-        select="token" if arguments.get("TDVP", True) else "role",
-        dropout=arguments.get("prompt_dropout_dvp", 0.1),
-        value_affine="value_scale" in pools,
-        image_prompt=any(n.startswith("prompter") for n in pools),
-        sharpen=arguments.get("simam", False),
-    )
-
-
-def _heads(arguments: Mapping[str, Any], dim: int) -> int:
-    """The authors' heads are 64 wide; what is narrower than one has two."""
-    return arguments.get("num_heads", dim // 64 if dim % 64 == 0 else 2)
-
-
-class Layer(nn.Module):
-    """One layer's matching and attention."""
-
-    def __init__(self, tuned: TCPA, layer: int, heads: int) -> None:
+    def __init__(self, net: TCPA, layer: int) -> None:
         super().__init__()
-        self.tuned, self.layer, self.heads = tuned, layer, heads
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        prompts = self.tuned.prompts(self.layer, len(x)).expand(len(x), -1, -1)
-        seen, distance = self.tuned.match(x, self.layer)
-        tokens = x.new_ones(*x.shape[:2], x.shape[1])
-        shown = x.new_ones(*x.shape[:2], prompts.shape[1]) if seen is None else seen.to(x.dtype)
-        mask = torch.cat((tokens[..., :1], shown, tokens[..., 1:]), -1)
-        y = self.tuned.attention(x, self.layer, seen)
-        mask = mask.unsqueeze(1).expand(-1, self.heads, -1, -1)
-        return {"attn_out": y, "dist": distance, "mask": mask, "prompt_fourier": prompts}
+        self.net, self.layer = net, layer
 
 
-@official(_REPOSITORY, "models.TCPA.Pool_TCPA + models.VFPT_TCPA.Model_VFPT_TCPA.forward_attn")
-class TokenCoordinatedAttention:
-    """The matching, the prompts and the attention of the layer that the call names."""
+@official("zhoujiahuan1991/ICML2025-TCPA", "Pool_TCPA", "Model_VFPT_TCPA", "Model_VFPT_TCPA.forward_attn")
+class Coordinated:
+    """A layer's input before its norm to the mask, the distance, the prompts and the attention's output.
+
+    The layer stands in the call, as `layer=1`; heads, if not in the arguments, are 12 at width 768 and else 2.
+    """
 
     @staticmethod
-    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> Layer:
-        layers, _, dim = params["Pool_cls.keys"].shape
-        named = re.search(r"layer\s*=\s*(\d+)", arguments["call"])
-        layer, heads = int(named[1]) if named else arguments.get("layer", 0), _heads(arguments, dim)
-        inside = rename(
-            {n: p for n, p in params.items() if n.startswith(("attn.", "norm1."))},
-            ((r"^attn\.qkv\.", "mixer.wqkv."), (r"^attn\.proj\.", "mixer.wo.")),
-        )
-        backbone = Plain(
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> _Layer:
+        for option in ("ADVP", "IPrompt", "simam", "random_prompt"):
+            if arguments.get(option):
+                raise ValueError(f"{option} must be False here: only the plain layer is read")
+        dim = params["norm1.weight"].shape[0]
+        heads = arguments.get("num_heads", 12 if dim == 768 else 2)
+        found = re.search(r"layer\s*=\s*(\d+)", arguments.get("call", ""))
+        depth = params["Pool_cls.keys"].shape[0]
+        vit = Plain(
             dim=dim,
-            depth=layers,
-            mixer=lambda _: MultiHead(dim, heads=heads, bias="mixer.wqkv.bias" in inside, out_bias=True),
-            image=1,
-            patch=1,
+            depth=depth,
+            mixer=lambda _: MultiHead(dim, heads=heads, bias="attn.qkv.bias" in params, out_bias=True),
+            image=16,
             num_classes=1,
-            norm=partial(nn.LayerNorm, eps=1e-6),
         )
-        tuned = _tune(backbone, arguments, params)
-        tuned.load_state_dict(_pools(params), strict=False)
-        for name, p in inside.items():
-            backbone.encoder.blocks[layer].get_parameter(name).data.copy_(p)
-        return Layer(tuned, layer, heads)
+        net = TCPA(
+            vit,
+            sizes=(arguments["pool_size_cls"], arguments["pool_size_image"]),
+            picks=(arguments["topk_cls"], arguments["topk_image"]),
+            lengths=(arguments["len_prompts_cls"], arguments["len_prompts_image"]),
+            with_fourier=arguments.get("fourier", True),
+            matched=arguments.get("TDVP", True),
+            dropout=arguments.get("prompt_dropout_dvp", 0.1),
+        )
+        for kind, pool in (("cls", net.class_pool), ("image", net.patch_pool)):
+            load(pool, {name: params[f"Pool_{kind}.{name}"] for name in ("keys", "prompts")})
+        layer = int(found[1]) if found else 0
+        block: Any = vit.encoder.blocks[layer]
+        rules = ((r"^attn\.qkv\.", "wqkv."), (r"^attn\.proj\.", "wo."))
+        load(block.mixer, rename({n: t for n, t in params.items() if n.startswith("attn.")}, rules))
+        load(block.norm1, {n.removeprefix("norm1."): t for n, t in params.items() if n.startswith("norm1.")})
+        block.norm1.eps = arguments.get("eps", 1e-6)
+        return _Layer(net, layer)
 
     @staticmethod
-    def run(module: Layer, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return module(inputs["x"])
-
-
-@official(_REPOSITORY, "Model_VFPT_TCPA", ours=TCPA)
-class TunedTransformer:
-    """Images to logits and the distance."""
-
-    @staticmethod
-    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        inside = {n.removeprefix("backbone."): p for n, p in params.items() if n.startswith("backbone.")}
-        return {**{f"backbone.{n}": p for n, p in VisionTransformer.rename(inside).items()}, **_pools(params)}
-
-    @staticmethod
-    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> TCPA:
-        inside = {n.removeprefix("backbone."): p for n, p in params.items() if n.startswith("backbone.")}
-        patches = inside["patch_embed.proj.weight"]
-        side = round((inside["pos_embed"].shape[1] - 1) ** 0.5)
-        sizes = {
-            "embed_dim": len(patches),
-            "depth": 1 + max(int(n.split(".")[1]) for n in inside if n.startswith("blocks.")),
-            "num_heads": _heads(arguments, len(patches)),
-            "mlp_ratio": len(inside["blocks.0.mlp.fc1.weight"]) / len(patches),
-            "img_size": side * patches.shape[-1],
-            "patch_size": patches.shape[-1],
-            "in_chans": patches.shape[1],
-            "num_classes": len(inside["head.weight"]),
+    def run(module: _Layer, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        x, net, layer = inputs["x"], module.net, module.layer
+        block: Any = net.backbone.encoder.blocks[layer]
+        hidden, distance = net.hidden(layer, x)
+        prompts = net.prompts(layer)
+        out = coordinated_attention(block.mixer, block.norm1(x), block.norm1(prompts), hidden)
+        seen = (~hidden).to(x)
+        ones = torch.ones_like(x[..., :1]).mT.expand(-1, x.shape[1], -1)  # of the real tokens
+        mask = torch.cat((ones[..., :1], seen, ones[..., 1:]), 2)
+        return {
+            "attn_out": out,
+            "mask": mask[:, None].expand(-1, block.mixer.heads, -1, -1),
+            "dist": distance,
+            "prompt_fourier": prompts.expand(len(x), -1, -1),
         }
-        module = _tune(VisionTransformer.build(sizes, inside), arguments, params)
-        load(module, TunedTransformer.rename(params))
-        return module
-
-    @staticmethod
-    def run(module: TCPA, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = module.run(inputs["x"])
-        return {"logits": out.logits, "y": out.logits, "y0": out.logits, "dist": out.distance, "y1": out.distance}
