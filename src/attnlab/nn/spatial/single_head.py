@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
 from attnlab.nn.conv_norm import ConvNorm
+from attnlab.nn.spatial.thin import attend_thin
 
 
 @register(
@@ -58,5 +58,5 @@ class SingleHeadAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim or 0 in x.shape:
             raise ValueError(f"x must be (B, {self.dim}, H, W) and not empty, got {tuple(x.shape)}")
-        y = attend(*self.qkv(x)).squeeze(1).mT.unflatten(2, x.shape[2:])
+        y = attend_thin(*self.qkv(x)).squeeze(1).mT.unflatten(2, x.shape[2:])
         return self.wo(relu(torch.cat((y, x[:, self.width :]), 1)))
