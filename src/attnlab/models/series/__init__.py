@@ -1,0 +1,1 @@
+"""Networks that forecast series of several variables."""
