@@ -65,7 +65,7 @@ def test_the_variate_mixer_finds_the_series_that_leads_another() -> None:
             mix_variates=mix,
         )  # fmt: skip
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-        for _ in range(100):
+        for _ in range(150):
             x, y = windows(train, torch.randint(1980, (32,), generator=rng).tolist())
             loss = (net(x) - y).square().mean()
             optimizer.zero_grad()
