@@ -1,4 +1,4 @@
-"""Few-shot classes from a few images and their names: nearest-key attention with prompts from text (KTPP)."""
+"""Few-shot classes from a few images and their names: a k-NN transformer with pyramid prompts (KTPP)."""
 
 from __future__ import annotations
 
@@ -11,61 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import RECIPE, Card, register
-from attnlab.models.skeletons.parts import trunc_normal_linear
-from attnlab.models.skeletons.plain import TokenBlock
-from attnlab.nn.multihead import MultiHead
-from attnlab.nn.sparse.knn_context import Context, KNNContext
-from attnlab.recipes.layers import plain_blocks
-
-
-class Episode(NamedTuple):
-    """A few-shot task: rows of a data set."""
-
-    classes: Tensor  # (W,) their labels
-    support: Tensor  # (W, S) images to learn from
-    queries: Tensor  # (W, Q) images to classify
-
-
-def draw_episode(
-    labels: Tensor, *, ways: int = 5, shots: int = 1, queries: int = 15, generator: torch.Generator | None = None
-) -> Episode:
-    """Random classes of `labels` (N,), and of each so many images to learn from and others to classify."""
-    if min(ways, shots, queries) < 1:
-        raise ValueError(f"ways, shots and queries must be at least 1, got {ways}, {shots} and {queries}")
-    known, counts = labels.unique(return_counts=True)
-    known = known[counts >= shots + queries]
-    if len(known) < ways:
-        raise ValueError(f"labels must hold {ways} classes of {shots + queries} images, got {len(known)}")
-    classes = known[torch.randperm(len(known), generator=generator)[:ways]]
-    order = torch.randperm(len(labels), generator=generator)
-    rows = torch.stack([order[labels[order] == label][: shots + queries] for label in classes])
-    return Episode(classes, rows[:, :shots], rows[:, shots:])
+from attnlab.models.skeletons.plain import Plain, TokenBlock
+from attnlab.nn.sparse.nearest_keys import NearestKeys
 
 
 class PyramidPrompts(nn.Module):
-    """Class prompts that read feature maps from coarse to fine, by a head of their own at each scale.
+    """A class's prompt gathers what its image shows, coarse to fine.
 
-        p ← p + softmax((p Wq)(F_s Wk)ᵀ / √C) F_s Wv        for s in scales; F_s the maps pooled to s×s
+        p ← p + softmax((p Wq)(F_s Wk)ᵀ / √C) F_s Wv        for each scale s, F_s the map pooled to s×s
 
-    prompts (B, C), maps (B, M, C, H, W), of which there may be several for each prompt → (B, C).
+    p (B, C) and a map (B, C, H, W) → (B, C). Cost: O(Σ s² C²).
     """
 
     def __init__(self, dim: int, scales: Sequence[int] = (1, 2, 4)) -> None:
         super().__init__()
-        if not scales or min(scales) < 1 or any(a > b for a, b in pairwise(scales)):
-            raise ValueError(f"scales must be sizes of at least 1, from coarse to fine, got {tuple(scales)}")
+        if not scales or min(scales) < 1:
+            raise ValueError(f"scales must be at least 1 each, got {tuple(scales)}")
         self.scales = tuple(scales)
-        self.wq, self.wkv = (
-            nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in scales) for width in (dim, 2 * dim)
-        )
+        self.maps = nn.ModuleList(nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(3)) for _ in self.scales)
 
-    def forward(self, prompts: Tensor, maps: Tensor) -> Tensor:
-        p = prompts.unsqueeze(1)
-        for scale, wq, wkv in zip(self.scales, self.wq, self.wkv, strict=True):
-            pooled = F.adaptive_avg_pool2d(maps.flatten(0, 1), scale).unflatten(0, maps.shape[:2])
-            k, v = wkv(pooled.movedim(2, -1).flatten(1, 3)).chunk(2, -1)
-            p = p + F.scaled_dot_product_attention(wq(p), k, v)
-        return p.squeeze(1)
+    def forward(self, prompt: Tensor, maps: Tensor) -> Tensor:
+        for scale, layer in zip(self.scales, self.maps, strict=True):
+            q, k, v = cast(nn.ModuleList, layer)
+            places = F.adaptive_avg_pool2d(maps, scale).flatten(2).mT
+            weights = (q(prompt)[:, None] @ k(places).mT * prompt.shape[-1] ** -0.5).softmax(-1)
+            prompt = prompt + (weights @ v(places))[:, 0]
+        return prompt
 
 
 @register(
@@ -73,41 +44,33 @@ class PyramidPrompts(nn.Module):
         name="ktpp",
         title="KNN Transformer with Pyramid Prompts for Few-Shot Learning",
         paper="2410.10227",
+        system="ktpp",
         family="few-shot",
         kind=RECIPE,
-        cost="N² per stage",
+        cost="N²",
     )
 )
 class KTPP(nn.Module):
-    """Classifies by a few labelled images of each class and the classes' names, through prompts made of the names.
+    """Tells W new classes apart by a few support images and the texts of their names.
 
-        Z = KNNContext blocks of falling `keep` over the backbone's tokens                 every image
-        p_c = PyramidPrompts(LN(W t_c), maps of class c's support)                         t_c its name's embedding
-        support of c:  mean over tokens of block([p_c; Z ⊙ σ(Wm p_c + b)])                 prototype_c: their mean
-        query:         mean over tokens of block(Z)                                        its name is not known
-        logits = τ · cos(query, prototype_c)
+        Z = backbone's map as tokens → three blocks of `NearestKeys`, each with fewer keys than the one before
+        support image of class c:  p = pyramid(norm(W t_c), Z),  Z' = Z ∘ σ(Wm p + b),  [p; Z'] → one block → mean of Z
+        query image:  Z → the same block, without a prompt → mean
+        logits (Q, W) = τ · cos(query, mean of the class's support features)        τ learned, from 10
 
-        net = KTPP(backbone, text_dim=512, num_classes=64)
-        loss = F.cross_entropy(net.classify(images), labels)                               # stage 1: the base classes
-        texts = clip.encode_text(tokenize([f"a photo of a {name}" for name in names]))     # frozen, (W, 512)
-        logits = net(support, queries, texts)                                              # stage 2, and test: episodes
-
-    Only names of classes that have support images are used, so nothing is leaked. Source: arXiv 2410.10227, of which no
-    code was released: what it leaves open is an argument here, its default ours.
+    Texts (W, text_dim) come from a frozen text encoder, such as `CLIP.text`, and are normalised here. Stage 1 trains
+    `features` under a linear layer on the base classes, stage 2 this on episodes of them (`episode`).
+    Source: arXiv 2410.10227, whose text was not at hand beyond its abstract and one formula: the rest is our reading,
+    and every guess is an argument.
 
     Args:
-        backbone: anything whose `forward_features(images)` gives a map (B, C, H, W), or a list with it at its end.
-        dim: C; `backbone.channels[-1]` if None.
-        keep: the share of the keys of each stage. alpha, context: as for `KNNContext`.
-        place: "append" puts the stages behind the backbone; "replace" turns the attention of a `Plain` backbone's last
-            blocks into them, with the same weights.
-        scales: of the pyramid. modulate: what prompts do to the support's tokens: "gate" as above, "film"
-            Z ⊙ (1 + γ) + β, "token" nothing but stand before them.
-        query_prompt: "none" as above; "mean" gives queries the mean prompt of the episode; "all" each prompt in turn,
-            for the similarity to its class.
-        readout: the feature is the "mean" over the output's visual tokens, or the output at the "prompt".
-        temperature: where the learned τ starts.
-        num_classes: of the classifier of stage 1; 0 for none.
+        backbone: images to maps, by `forward_features(images)[-1]` (B, C, H, W), with `channels`.
+        keep: of the stages. alpha, context: of each `NearestKeys`. place: "append" the stages behind the backbone, or
+            "replace" the attention of its last blocks (a `Plain` network alone).
+        scales: of the pyramid. modulate: how the prompt weighs tokens: "gate", "film" (Z ∘ (1 + γ) + β) or "token"
+            (not at all but by standing among them).
+        query_prompt: what stands before a query's tokens: "none", the "mean" of the W prompts, or "all" in turn, with
+            one similarity for each class. readout: of a support image, "mean" of the tokens or the "prompt"'s place.
     """
 
     def __init__(
@@ -115,21 +78,18 @@ class KTPP(nn.Module):
         backbone: nn.Module,
         *,
         text_dim: int = 512,
-        dim: int | None = None,
         heads: int = 8,
-        keep: Sequence[float | int] = (0.9, 0.7, 0.5),
+        keep: Sequence[float] = (0.9, 0.7, 0.5),
         alpha: float = 0.0,
-        context: Context = "output",
+        context: Literal["output", "values", "input"] = "output",
         place: Literal["append", "replace"] = "append",
         scales: Sequence[int] = (1, 2, 4),
         modulate: Literal["gate", "film", "token"] = "gate",
         query_prompt: Literal["none", "mean", "all"] = "none",
         readout: Literal["mean", "prompt"] = "mean",
-        temperature: float = 10.0,
-        num_classes: int = 0,
     ) -> None:
         super().__init__()
-        choices = {
+        choices: dict[str, tuple[str, tuple[str, ...]]] = {
             "place": (place, ("append", "replace")),
             "modulate": (modulate, ("gate", "film", "token")),
             "query_prompt": (query_prompt, ("none", "mean", "all")),
@@ -138,124 +98,109 @@ class KTPP(nn.Module):
         for name, (value, known) in choices.items():
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        if readout == "prompt" and query_prompt == "none":
-            raise ValueError("readout='prompt' needs query_prompt 'mean' or 'all': queries have no prompt otherwise")
-        if not keep:
-            raise ValueError("keep must hold the share of at least one stage")
-        if not hasattr(backbone, "forward_features"):
-            raise TypeError(f"backbone must have forward_features, got {type(backbone).__name__}")
-        if dim is None:
-            if not hasattr(backbone, "channels"):
-                raise TypeError(f"dim must be given: {type(backbone).__name__} has no channels")
-            dim = cast(Sequence[int], backbone.channels)[-1]
+        if not keep or any(later > earlier for earlier, later in pairwise(keep)):
+            raise ValueError(f"keep must not grow from stage to stage, got {tuple(keep)}")
+        if not hasattr(backbone, "forward_features") or not hasattr(backbone, "channels"):
+            raise TypeError(f"backbone must have forward_features and channels, got {type(backbone).__name__}")
+        channels: Any = backbone.channels
+        dim = channels[-1]
+
+        def attention(share: float) -> NearestKeys:
+            return NearestKeys(dim, heads=heads, keep=share, alpha=alpha, context=context)
+
         self.backbone, self.modulate, self.query_prompt, self.readout = backbone, modulate, query_prompt, readout
-
-        def attention(share: float | int) -> KNNContext:
-            return KNNContext(dim, heads=heads, keep=share, alpha=alpha, context=context)
-
         self.stages = nn.ModuleList()
         if place == "append":
             self.stages.extend(TokenBlock(dim, attention(share)) for share in keep)
-        self.block = TokenBlock(dim, attention(keep[-1]))
-        self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
+        else:
+            if not isinstance(backbone, Plain) or len(backbone.encoder.blocks) < len(keep):
+                raise TypeError(f"place='replace' wants a Plain backbone of at least {len(keep)} blocks")
+            for block, share in zip(backbone.encoder.blocks[-len(keep) :], keep, strict=True):
+                block.mixer = attention(share)
+        self.to_prompt = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
         self.pyramid = PyramidPrompts(dim, scales)
-        self.modulator = None if modulate == "token" else nn.Linear(dim, dim if modulate == "gate" else 2 * dim)
-        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
-        self.head = nn.Linear(dim, num_classes) if num_classes else None
-        for part in (self.stages, self.block, self.text, self.pyramid, self.modulator):
-            if part is not None:
-                part.apply(trunc_normal_linear)
-        if place == "replace":
-            _replace_last(backbone, keep, alpha, context)
+        self.weigh = None if modulate == "token" else nn.Linear(dim, dim if modulate == "gate" else 2 * dim)
+        self.last = TokenBlock(dim, attention(keep[-1]))
+        self.scale = nn.Parameter(torch.tensor(10.0))
 
-    def maps(self, images: Tensor) -> Tensor:
-        """The visual path, without any prompt: images (B, …) → maps (B, C, H, W) behind the stages."""
-        found = cast(Any, self.backbone).forward_features(images)
-        found = found if isinstance(found, Tensor) else found[-1]
-        grid, x = found.shape[2:], found.flatten(2).mT
+    def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, N, C) behind the stages, and their grid."""
+        features: Any = self.backbone.forward_features
+        maps = features(images)[-1]
+        x = maps.flatten(2).mT
         for stage in self.stages:
             x = stage(x)
-        return x.mT.unflatten(2, grid)
+        return x, (maps.shape[2], maps.shape[3])
 
-    def prompts(self, texts: Tensor, maps: Tensor) -> Tensor:
-        """One prompt for each class (W, C), from its name's embedding (W, T) and its support's maps (W, S, C, H, W)."""
-        if len(texts) != len(maps):
-            raise ValueError(f"texts must be one for each of the {len(maps)} classes of the support, got {len(texts)}")
-        return self.pyramid(self.text(F.normalize(texts, dim=-1)), maps)
+    def prompted(self, x: Tensor, grid: tuple[int, int], text: Tensor) -> Tensor:
+        """Features (B, C) of tokens x (B, N, C) seen with a class's text each, (B, text_dim)."""
+        prompt = self.pyramid(self.to_prompt(F.normalize(text, dim=-1)), x.mT.unflatten(2, grid))
+        if self.weigh is not None:
+            said = self.weigh(prompt)[:, None]
+            if self.modulate == "gate":
+                x = x * said.sigmoid()
+            else:
+                scale, shift = said.chunk(2, -1)
+                x = x * (1 + scale) + shift
+        x = self.last(torch.cat((prompt[:, None], x), 1))
+        return x[:, 0] if self.readout == "prompt" else x[:, 1:].mean(1)
 
-    def feature(self, maps: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """What is compared, (B, C), of maps (B, C, H, W) and of each one's prompt (B, C), if it has one."""
-        z = maps.flatten(2).mT
-        if prompts is None:
-            return self.block(z).mean(1)
-        p = prompts.unsqueeze(1)
-        if self.modulator is not None and self.modulate == "gate":
-            z = z * self.modulator(p).sigmoid()
-        elif self.modulator is not None:
-            scale, shift = self.modulator(p).chunk(2, -1)
-            z = z * (1 + scale) + shift
-        y = self.block(torch.cat((p, z), 1))
-        return y[:, 1:].mean(1) if self.readout == "mean" else y[:, 0]
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, C) of images of which nothing is known."""
+        return self.last(self.tokens(images)[0]).mean(1)
 
-    def classify(self, images: Tensor) -> Tensor:
-        """Logits of the base classes, by the visual path alone."""
-        if self.head is None:
-            raise ValueError("classify needs num_classes of at least 1")
-        return self.head(self.feature(self.maps(images)))
+    def forward(self, support: Tensor, labels: Tensor, query: Tensor, texts: Tensor) -> Tensor:
+        """Logits (Q, W) of query images: support images (S, …) with `labels` (S,), 0 to W − 1, texts (W, text_dim)."""
+        ways = len(texts)
+        if labels.shape != (len(support),) or not torch.equal(
+            labels.unique(), torch.arange(ways, device=labels.device)
+        ):
+            raise ValueError(f"labels must name each of the {ways} classes of texts for {len(support)} support images")
+        x, grid = self.tokens(support)
+        known = self.prompted(x, grid, texts[labels])
+        one = F.one_hot(labels, ways).to(known)
+        prototypes = (one.T @ known) / one.sum(0)[:, None]
+        if self.query_prompt == "none":
+            return self.scale * F.normalize(self.features(query), dim=1) @ F.normalize(prototypes, dim=1).T
+        x, grid = self.tokens(query)
+        if self.query_prompt == "mean":
+            asked = self.prompted(x, grid, F.normalize(texts, dim=1).mean(0).expand(len(x), -1))
+            return self.scale * F.normalize(asked, dim=1) @ F.normalize(prototypes, dim=1).T
+        every = self.prompted(x.repeat_interleave(ways, 0), grid, texts.repeat(len(x), 1)).unflatten(0, (-1, ways))
+        return self.scale * F.cosine_similarity(every, prototypes, dim=-1)
 
-    def forward(self, support: Tensor, queries: Tensor, texts: Tensor) -> Tensor:
-        """Support images (W, S, …), queries (Q, …) and the embedded names of the W classes (W, T) → logits (Q, W)."""
-        if support.ndim != queries.ndim + 1 or support.shape[2:] != queries.shape[1:]:
+
+class Episode(NamedTuple):
+    """One few-shot task, as indices into a data set."""
+
+    classes: Tensor  # (W,)
+    support: Tensor  # (W · shots,), class by class
+    query: Tensor  # (W · queries,), class by class
+
+
+def episode(
+    labels: Tensor, ways: int = 5, shots: int = 1, queries: int = 15, generator: torch.Generator | None = None
+) -> Episode:
+    """Draws `ways` classes of `labels` (M,), and of each `shots` support and `queries` query samples."""
+    every = labels.unique()
+    if not 1 <= ways <= len(every):
+        raise ValueError(f"ways must be from 1 to {len(every)}, the classes in labels, got {ways}")
+    classes = every[torch.randperm(len(every), generator=generator)[:ways]]
+    support, query = [], []
+    for label in classes:
+        own = (labels == label).nonzero()[:, 0]
+        if len(own) < shots + queries:
             raise ValueError(
-                f"support must be (ways, shots, …) images like those of queries {tuple(queries.shape)}, "
-                f"got {tuple(support.shape)}"
+                f"class {int(label)} has {len(own)} samples, fewer than shots + queries = {shots + queries}"
             )
-        ways, shots = support.shape[:2]
-        maps = self.maps(torch.cat((support.flatten(0, 1), queries)))
-        shown, asked = maps[: ways * shots], maps[ways * shots :]
-        prompts = self.prompts(texts, shown.unflatten(0, (ways, shots)))
-        prototypes = self.feature(shown, prompts.repeat_interleave(shots, 0)).unflatten(0, (ways, shots)).mean(1)
-        if self.query_prompt == "all":
-            each = self.feature(asked.repeat_interleave(ways, 0), prompts.repeat(len(asked), 1))
-            return self.temperature * F.cosine_similarity(each.unflatten(0, (-1, ways)), prototypes, dim=-1)
-        mean = prompts.mean(0).expand(len(asked), -1) if self.query_prompt == "mean" else None
-        return self.temperature * F.normalize(self.feature(asked, mean), dim=1) @ F.normalize(prototypes, dim=1).T
+        own = own[torch.randperm(len(own), generator=generator)]
+        support.append(own[:shots])
+        query.append(own[shots : shots + queries])
+    return Episode(classes, torch.cat(support), torch.cat(query))
 
 
-def _replace_last(backbone: nn.Module, keep: Sequence[float | int], alpha: float, context: Context) -> None:
-    """The last blocks of a plain vision transformer look at their best keys only."""
-    blocks = plain_blocks(backbone)
-    if len(keep) > len(blocks):
-        raise ValueError(f"keep must be at most {len(blocks)} stages, the backbone's blocks, got {len(keep)}")
-    for block, share in zip(blocks[-len(keep) :], keep, strict=True):
-        old = cast(MultiHead, block.mixer)
-        new = KNNContext(
-            old.dim, heads=old.heads, keep=share, alpha=alpha, context=context, bias=old.wqkv.bias is not None
-        )
-        new.wqkv, new.wo, new.dropout = old.wqkv, old.wo, old.dropout
-        block.mixer = new
-
-
-@torch.no_grad()
-def few_shot_accuracy(
-    net: KTPP,
-    images: Tensor,
-    labels: Tensor,
-    texts: Tensor,
-    *,
-    episodes: int = 600,
-    ways: int = 5,
-    shots: int = 1,
-    queries: int = 15,
-    generator: torch.Generator | None = None,
-) -> tuple[float, float]:
-    """Mean accuracy over random episodes and its 95 % interval; `texts` (classes, T) are the names by label."""
-    net.eval()
-    right = []
-    for _ in range(episodes):
-        task = draw_episode(labels, ways=ways, shots=shots, queries=queries, generator=generator)
-        logits = net(images[task.support], images[task.queries.flatten()], texts[task.classes])
-        wanted = torch.arange(ways, device=logits.device).repeat_interleave(queries)
-        right.append((logits.argmax(1) == wanted).double().mean())
-    found = torch.stack(right)
-    return found.mean().item(), (1.96 * found.std() / len(found) ** 0.5).item() if len(found) > 1 else float("nan")
+def interval(accuracies: Tensor) -> tuple[float, float]:
+    """The mean over episodes, and half its 95 % interval."""
+    if accuracies.ndim != 1 or len(accuracies) < 2:
+        raise ValueError(f"accuracies must be (episodes,), at least 2, got {tuple(accuracies.shape)}")
+    return accuracies.mean().item(), 1.96 * accuracies.std().item() / len(accuracies) ** 0.5
