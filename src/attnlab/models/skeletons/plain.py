@@ -214,9 +214,14 @@ class Plain(nn.Module):
         maps = self.patches(x.contiguous(memory_format=torch.channels_last))
         grid = (maps.shape[2], maps.shape[3])
         tokens = maps.permute(0, 2, 3, 1).flatten(1, 2)
-        if self.class_token is not None:
-            tokens = torch.cat((self.class_token.expand(len(x), 1, -1), tokens), dim=1)
+        first = self.first_tokens()
+        if first is not None:
+            tokens = torch.cat((first.expand(len(x), -1, -1), tokens), dim=1)
         return self.dropout(self.positions(tokens, grid=grid)), grid
+
+    def first_tokens(self) -> Tensor | None:
+        """The learned tokens that come before the patches, (1, C), if there are any."""
+        return None if self.class_token is None else self.class_token.unsqueeze(0)
 
     def forward_features(self, x: Tensor, layers: Sequence[int] = (-1,)) -> list[Tensor]:
         """The map (B, dim, H/patch, W/patch) after each of the given blocks, through the last norm."""
