@@ -37,6 +37,21 @@ def test_equals_timms_deit_while_all_is_kept(timm):
     assert not torch.allclose(ours(x), theirs(x))
 
 
+def test_equals_timms_distilled_deit_while_all_is_kept(timm):
+    from timm.models.deit import VisionTransformerDistilled
+
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 7}
+    theirs = VisionTransformerDistilled(**arguments).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    ours = Official.build({**arguments, "keep_rate": (1, 0.5, 1), "fuse_token": True}, theirs.state_dict()).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x, keep=1.0), theirs(x))
+    first, second = ours.train()(x, keep=1.0)
+    torch.testing.assert_close((first + second) / 2, theirs(x))
+    assert ours.forward_features(x)[0].shape == (2, 24, 4, 4)
+
+
 @pytest.mark.parametrize("fuse", [True, False])
 def test_keeps_the_ceiling_of_its_share_of_each_blocks_own_patches(fuse):
     net = EViT(**TINY, keep=(0.7, 0.3), fuse=fuse).eval()

@@ -62,9 +62,9 @@ class EViT:
 
     @staticmethod
     def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if "dist_token" in params:
-            raise ValueError("params are those of a distilled model, whose second token the authors' layers drop")
-        return VisionTransformer.rename(params)
+        second = [(r"^dist_token$", "distillation_token"), (r"^head_dist\.", "distillation_head.")]
+        found = VisionTransformer.rename(rename(params, second))
+        return {n: t.flatten() if n == "distillation_token" else t for n, t in found.items()}
 
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> Ours:
@@ -87,6 +87,7 @@ class EViT:
             drop_at=drop_at,
             keep=[rates[layer] for layer in drop_at],
             fuse=arguments.get("fuse_token", False),
+            distilled="dist_token" in params,
         )
         load(model, EViT.rename(params))
         return model
@@ -95,7 +96,7 @@ class EViT:
     def run(module: Ours, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         out = module.encode(module.embed(inputs["x"])[0])
         kept = {f"idx{i}": places for i, places in enumerate(out.kept)}
-        return {"logits": module.head(out.tokens[:, 0]), **kept}
+        return {"logits": module.classify(out.tokens), **kept}
 
 
 @official(_REPOSITORY, "adjust_keep_rate")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
-from attnlab.models.skeletons.plain import TokenBlock
+from attnlab.models.skeletons.plain import Positions, TokenBlock
 from attnlab.models.vision.vit import ViT
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.tokens.reorganize import budget, class_attention, reorganize
@@ -42,7 +43,7 @@ class Encoded(NamedTuple):
 
     tokens: Tensor  # (B, 1 + M, C)
     kept: tuple[Tensor, ...]  # per reorganisation, which of that block's patches, in order of their scores
-    origins: Tensor  # (B, M): which of the image's N patches each token still is; N for a fused one
+    origins: Tensor  # (B, M): which of the N tokens behind the class token each still is; N for a fused one
 
 
 @register(
@@ -78,6 +79,8 @@ class EViT(ViT):
     Args:
         keep: the share of the patches that stays, at each of `drop_at` or one for each.
         drop_at: the blocks in which patches leave, from 0. fuse: whether the others are fused, or dropped.
+        distilled: have DeiT's second token and head, whose logits are averaged with the first's, and come second in
+            training. To the authors' layers that token is a patch: behind them the second head reads the first of all.
         Others as for `ViT`.
     """
 
@@ -88,6 +91,7 @@ class EViT(ViT):
         keep: float | Sequence[float] = 0.7,
         drop_at: Sequence[int] = (3, 6, 9),
         fuse: bool = True,
+        distilled: bool = False,
         **vit: Any,
     ) -> None:
         if vit.get("class_token", True) is not True:
@@ -97,6 +101,17 @@ class EViT(ViT):
         super().__init__(depth=depth, **vit)
         self.drop_at, self.fuse = tuple(sorted(drop_at)), fuse
         self.keep = self._rates(keep)
+        self.distillation_token: nn.Parameter | None = None
+        if distilled:
+            dim = self.channels[0]
+            self.distillation_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim), std=0.02))
+            self.positions = Positions(self.positions.grid, dim, prefix=2)
+            self.distillation_head = copy.deepcopy(self.head)
+
+    def first_tokens(self) -> Tensor | None:
+        if self.class_token is None or self.distillation_token is None:
+            return super().first_tokens()
+        return torch.stack((self.class_token, self.distillation_token))
 
     def _rates(self, keep: float | Sequence[float]) -> tuple[float, ...]:
         rates = tuple(keep) if isinstance(keep, Sequence) else (keep,) * len(self.drop_at)
@@ -146,11 +161,19 @@ class EViT(ViT):
             out = self.encode(tokens, blocks=layer % depth + 1)
             places = out.origins.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
             # Fused tokens have no place: they go to one behind the last, which is cut off.
-            full = torch.zeros_like(tokens).scatter(1, places, out.tokens[:, 1:])[:, :-1]
+            full = torch.zeros_like(tokens).scatter(1, places, out.tokens[:, 1:])[:, self.positions.prefix - 1 : -1]
             maps.append(full.unflatten(1, grid).permute(0, 3, 1, 2))
         return maps
 
     def forward(
         self, x: Tensor, *, keep: float | Sequence[float] | None = None, counts: Sequence[int] | None = None
-    ) -> Tensor:
-        return self.head(self.encode(self.embed(x)[0], keep=keep, counts=counts).tokens[:, 0])
+    ) -> Any:
+        return self.classify(self.encode(self.embed(x)[0], keep=keep, counts=counts).tokens)
+
+    def classify(self, tokens: Tensor) -> Any:
+        """Logits of encoded tokens; with `distilled`, in training, of both heads."""
+        logits = self.head(tokens[:, 0])
+        if self.distillation_token is None:
+            return logits
+        second = self.distillation_head(tokens[:, 1])
+        return (logits, second) if self.training else (logits + second) / 2
