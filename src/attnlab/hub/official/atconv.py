@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from attnlab.hub.official import official
 from attnlab.hub.renaming import Rule, load, rename
+from attnlab.models.diffusion.sit import OnSquare
+from attnlab.models.diffusion.sit import SiT as OurSiT
 from attnlab.models.skeletons.convglu import ConvGLU
 from attnlab.models.skeletons.pyramid import Block as OurBlock
 from attnlab.models.vision.attnet import AttNet as Ours
 from attnlab.models.vision.attnet import glu_width
-from attnlab.nn.spatial.attentive_conv import AttentiveConv, AttentiveConvTokens
+from attnlab.nn.spatial.attentive_conv import AttentiveConv
 
 _REPOSITORY = "price112/Attentive-Convolution"
 # The file is named like the network, so that a class is known by both names together.
@@ -44,6 +46,22 @@ _NETWORK: tuple[Rule, ...] = (
 )
 
 
+_SIT: tuple[Rule, ...] = (
+    (r"^x_embedder\.proj\.", "embedding."),
+    (r"^pos_embed$", "positions"),
+    (r"^t_embedder\.mlp\.0\.", "time.fc1."),
+    (r"^t_embedder\.mlp\.2\.", "time.fc2."),
+    (r"^y_embedder\.embedding_table\.", "label."),
+    (r"^final_layer\.linear\.", "head."),
+    (r"^final_layer\.", ""),
+    (r"adaLN_modulation\.1\.", "modulation."),
+    (r"\.attn\.qkv\.", ".attention.wqkv."),
+    (r"\.attn\.(?=kernel_|x_proj|difference)", ".attention.conv."),
+    *_CONV[:3],
+    _CONV[4],
+)
+
+
 def _renamed(params: Mapping[str, Tensor], rules: tuple[Rule, ...]) -> dict[str, Tensor]:
     """Our names; 1×1 convolutions become the linear layers that they are."""
     return rename({n: t.flatten(1) if t.ndim == 4 and t.shape[2:] == (1, 1) else t for n, t in params.items()}, rules)
@@ -55,17 +73,6 @@ class _Module:
     @staticmethod
     def run(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"y": module(inputs["x"])}
-
-
-class _OnGrid(nn.Module):
-    """The token form on the square grid that its input is."""
-
-    def __init__(self, mixer: AttentiveConvTokens, side: int) -> None:
-        super().__init__()
-        self.mixer, self.side = mixer, side
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mixer(x, grid=(self.side, self.side))
 
 
 @official(_REPOSITORY, "ATConv", "AttNet.ATConv", ours=AttentiveConv)
@@ -83,9 +90,9 @@ class ATConv(_Module):
             module = AttentiveConv(arguments["dim"], kernel=kernel, bias=bias)
             load(module, ATConv.rename(params))
             return module
-        tokens = AttentiveConvTokens(arguments["dim"], kernel=kernel, bias=bias)
+        tokens = OnSquare(arguments["dim"], arguments.get("input_size", 16), kernel=kernel, bias=bias)
         load(tokens.conv, ATConv.rename(params))
-        return _OnGrid(tokens, arguments.get("input_size", 16))
+        return tokens
 
 
 @official(_REPOSITORY, "GLU", "AttNet.GLU")
@@ -162,3 +169,47 @@ class AttNet(_Module):
         )
         load(net, AttNet.rename(params))
         return net.eval()
+
+
+@official(_REPOSITORY, "SiT", ours=OurSiT)
+class SiT:
+    """Latent images `x`, times `t` and classes `y` to velocities."""
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        convolved = {n.rsplit(".", 1)[0] for n in params if n.endswith(".attn.difference_control")}
+        found = {}
+        for name, tensor in rename(params, _SIT).items():
+            block, _, rest = name.partition(".attn.proj.")
+            if rest:  # the last projection, of attention or of the convolution
+                name = f"{block}.attention.{'conv.' if f'{block}.attn' in convolved else ''}wo.{rest}"
+            found[name] = tensor
+        return found
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> OurSiT:
+        mixers = "attention"
+        if arguments.get("hybrid", False):
+            mixers = "alternate"
+        elif arguments.get("token_mixer", "attn") == "atconv":
+            mixers = "convolution"
+        size, dropped = arguments.get("input_size", 32), arguments.get("class_dropout_prob", 0.1)
+        net = OurSiT(
+            size=size,
+            patch=arguments.get("patch_size", 2),
+            channels=arguments.get("in_channels", 4),
+            dim=arguments.get("hidden_size", 1152),
+            depth=arguments.get("depth", 28),
+            heads=arguments.get("num_heads", 16),
+            mixers=mixers,
+            mlp_ratio=arguments.get("mlp_ratio", 4.0),
+            classes=arguments.get("num_classes", 1000),
+            drop_class=dropped,
+            variance=arguments.get("learn_sigma", True),
+        )
+        load(net, SiT.rename(params))
+        return net.eval()
+
+    @staticmethod
+    def run(module: OurSiT, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": module(inputs["x"], inputs["t"], inputs["y"])}
