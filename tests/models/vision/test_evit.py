@@ -50,6 +50,13 @@ def test_equals_timms_distilled_deit_while_all_is_kept(timm):
     first, second = ours.train()(x, keep=1.0)
     torch.testing.assert_close((first + second) / 2, theirs(x))
     assert ours.forward_features(x)[0].shape == (2, 24, 4, 4)
+    # The second token stays, however little is looked at it.
+    block, tokens = ours.encoder.blocks[0], torch.randn(1, 18, 24)
+    left, places = run_block(block, tokens, 3, True, 2)
+    assert left.shape == (1, 6, 24)
+    whole = block(tokens)
+    torch.testing.assert_close(left[:, :2], whole[:, :2])
+    torch.testing.assert_close(left[0, 2:5], whole[0, 2 + places[0]])
 
 
 @pytest.mark.parametrize("fuse", [True, False])

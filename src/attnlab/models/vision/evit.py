@@ -23,8 +23,10 @@ SIZES = {
 }
 
 
-def run_block(block: TokenBlock, x: Tensor, keep: int | None = None, fuse: bool = True) -> tuple[Tensor, Tensor | None]:
-    """One block, (B, 1 + N, C) → (B, 1 + keep [+ 1], C), and the kept places (B, keep), or None if all N are kept.
+def run_block(
+    block: TokenBlock, x: Tensor, keep: int | None = None, fuse: bool = True, prefix: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """One block, (B, P + N, C) → (B, P + keep [+ 1], C), and the kept places (B, keep), or None if all N are kept.
 
     Tokens leave between attention and MLP: the scores are those of this block's attention, and its MLP is spared.
     """
@@ -32,18 +34,18 @@ def run_block(block: TokenBlock, x: Tensor, keep: int | None = None, fuse: bool 
     normed = block.norm1(x)
     q, k, v = mixer.project(normed)
     x = block.add(x, mixer.merge(mixer.mix(q, k, v, x=normed)))
-    if keep is None or keep == x.shape[1] - 1:
+    if keep is None or keep == x.shape[1] - prefix:
         return block.feed(x), None
-    left = reorganize(x, class_attention(q, k), keep, fuse=fuse)
+    left = reorganize(x, class_attention(q, k)[:, prefix - 1 :], keep, fuse=fuse)
     return block.feed(left.tokens), left.places
 
 
 class Encoded(NamedTuple):
     """What comes out of all blocks."""
 
-    tokens: Tensor  # (B, 1 + M, C)
+    tokens: Tensor  # (B, P + M, C)
     kept: tuple[Tensor, ...]  # per reorganisation, which of that block's patches, in order of their scores
-    origins: Tensor  # (B, M): which of the N tokens behind the class token each still is; N for a fused one
+    origins: Tensor  # (B, M): which of the image's N patches each token still is; N for a fused one
 
 
 @register(
@@ -80,7 +82,7 @@ class EViT(ViT):
         keep: the share of the patches that stays, at each of `drop_at` or one for each.
         drop_at: the blocks in which patches leave, from 0. fuse: whether the others are fused, or dropped.
         distilled: have DeiT's second token and head, whose logits are averaged with the first's, and come second in
-            training. To the authors' layers that token is a patch: behind them the second head reads the first of all.
+            training. The token stays; the authors' layers take it for a patch, and then cannot find it.
         Others as for `ViT`.
     """
 
@@ -127,22 +129,23 @@ class EViT(ViT):
         counts: Sequence[int] | None = None,
         blocks: int | None = None,
     ) -> Encoded:
-        """Tokens `(B, 1 + N, C)` through the first `blocks` (or all) and the last norm.
+        """Tokens `(B, P + N, C)` through the first `blocks` (or all) and the last norm.
 
         `keep` is instead of the network's own; `counts` says how many patches stay at each of `drop_at` instead.
         """
         rates = self.keep if keep is None else self._rates(keep)
         if counts is not None and len(counts) != len(self.drop_at):
             raise ValueError(f"counts must hold one number for each of the blocks {self.drop_at}, got {counts}")
-        patches = tokens.shape[1] - 1
+        prefix = self.positions.prefix
+        patches = tokens.shape[1] - prefix
         origins = torch.arange(patches, device=tokens.device).expand(len(tokens), patches)
         kept = []
         for layer, block in enumerate(self.encoder.blocks[:blocks]):
             count = None
             if layer in self.drop_at:
-                at, n = self.drop_at.index(layer), tokens.shape[1] - 1
+                at, n = self.drop_at.index(layer), tokens.shape[1] - prefix
                 count = budget(n, rates[at]) if counts is None else counts[at]
-            tokens, places = run_block(cast(TokenBlock, block), tokens, count, self.fuse)
+            tokens, places = run_block(cast(TokenBlock, block), tokens, count, self.fuse, prefix)
             if places is not None:
                 kept.append(places)
                 origins = origins.gather(1, places)
@@ -156,12 +159,13 @@ class EViT(ViT):
         if any(not -depth <= layer < depth for layer in layers):
             raise ValueError(f"layers must lie in [-{depth}, {depth}), got {tuple(layers)}")
         tokens, grid = self.embed(x)
+        first = self.positions.prefix
         maps = []
         for layer in layers:
             out = self.encode(tokens, blocks=layer % depth + 1)
             places = out.origins.unsqueeze(-1).expand(-1, -1, tokens.shape[2])
             # Fused tokens have no place: they go to one behind the last, which is cut off.
-            full = torch.zeros_like(tokens).scatter(1, places, out.tokens[:, 1:])[:, self.positions.prefix - 1 : -1]
+            full = torch.zeros_like(tokens).scatter(1, places, out.tokens[:, first:])[:, :-first]
             maps.append(full.unflatten(1, grid).permute(0, 3, 1, 2))
         return maps
 

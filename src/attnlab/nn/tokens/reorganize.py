@@ -12,7 +12,7 @@ from torch import Tensor
 class Reorganized(NamedTuple):
     """What is left of a sequence, and of which places it was."""
 
-    tokens: Tensor  # (B, 1 + keep [+ 1], C)
+    tokens: Tensor  # (B, P + keep [+ 1], C)
     places: Tensor  # (B, keep): which of the N patches, in order of their scores
 
 
@@ -45,18 +45,20 @@ def take(x: Tensor, places: Tensor) -> Tensor:
 
 
 def reorganize(x: Tensor, score: Tensor, keep: int, *, fuse: bool = True) -> Reorganized:
-    """The class token, the `keep` patches of the highest score, and the others as one: (B, 1 + N, C), (B, N).
+    """The first P tokens, the `keep` patches of the highest score, and the others as one: (B, P + N, C), (B, N).
 
-        x ← [x_cls, x_top, Σ_{j not in top} score_j x_j]
+        x ← [x_first, x_top, Σ_{j not in top} score_j x_j]
 
-    The last token is there with `fuse`. Its weights are the scores as they are: they do not sum to 1, so that little
-    is left of what hardly anybody looked at. It is one product, without gathering the others. Cost O(N·C).
+    P is what the scores leave over, 1 for a class token. The last token is there with `fuse`. Its weights are the
+    scores as they are: they do not sum to 1, so that little is left of what hardly anybody looked at. It is one
+    product, without gathering the others. Cost O(N·C).
     Source: arXiv 2202.07800.
     """
-    if x.dim() != 3 or score.shape != (x.shape[0], x.shape[1] - 1):
-        raise ValueError(f"score must be (B, N) for x (B, 1 + N, C), got {tuple(score.shape)} and {tuple(x.shape)}")
+    if x.dim() != 3 or score.dim() != 2 or len(score) != len(x) or score.shape[1] >= x.shape[1]:
+        raise ValueError(f"score must be (B, N) for x (B, P + N, C), got {tuple(score.shape)} and {tuple(x.shape)}")
+    first, patches = x.split([x.shape[1] - score.shape[1], score.shape[1]], 1)
     places = strongest(score, keep)
-    parts = [x[:, :1], take(x[:, 1:], places)]
+    parts = [first, take(patches, places)]
     if fuse:
-        parts.append(score.scatter(1, places, 0.0).unsqueeze(1) @ x[:, 1:])
+        parts.append(score.scatter(1, places, 0.0).unsqueeze(1) @ patches)
     return Reorganized(torch.cat(parts, 1), places)
