@@ -1,6 +1,7 @@
 """SG-Former: the paper's cost, image sizes, positions, the fused network, and what it refuses."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import attnlab
 from attnlab.cost import count_flops
+from attnlab.hub.official.sgformer import SGFormer as Official
 from attnlab.models.vision.sgformer import SelfGuidedPair, SGFormer, sines
 
 TINY = {
@@ -56,6 +58,61 @@ def test_a_fused_network_gives_the_same():
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     before = net(x)
     torch.testing.assert_close(net.fuse().fuse()(x), before)
+
+
+def official_names(net: SGFormer) -> dict[str, torch.Tensor]:
+    """The network's weights as the authors' code names and parts them."""
+    found = {}
+    for name, p in net.state_dict().items():
+        if m := re.match(r"stages\.(\d)\.blocks\.(\d+)\.(?:(hybrid|guided)\.)?(.*)", name):
+            stage, index, half, rest = int(m[1]) + 1, int(m[2]), m[3], m[4]
+            index = 2 * index + (half == "guided") if half else index
+            rest = rest.replace("mixer.local.", "mixer.lepe_")
+            rest = rest.replace("mixer.reduce.", "mixer.sr.").replace("mixer.wo.", "mixer.proj.")
+            rest = re.sub(r"mixer\.merging\.(\d)", lambda f: f"mixer.f{int(f[1]) + 1}", rest)
+            rest = rest.replace("mixer.", "attn.").replace("mlp.conv.", "mlp.dwconv.dwconv.")
+            start, end = f"block{stage}.{index}.", rest.rpartition(".")[2]
+            if ".wx." in rest:
+                parts = dict(zip(("q1", "q2", "kv2"), p.split([len(p) // 4, len(p) // 4, len(p) // 2]), strict=True))
+            elif ".wcoarse." in rest:
+                parts = {"kv1": p}
+            elif ".wqkv." in rest and half:
+                q, k, v = p.chunk(3)
+                parts = {"q": q, **{f"kv{i + 1}": torch.cat((k.chunk(2)[i], v.chunk(2)[i])) for i in range(2)}}
+            elif ".wqkv." in rest:
+                parts = dict(zip(("q", "kv"), p.split([len(p) // 3, 2 * len(p) // 3]), strict=True))
+            else:
+                found[start + rest] = p
+                continue
+            found.update({f"{start}attn.{part}.{end}": t for part, t in parts.items()})
+        elif m := re.match(r"(stem|stages\.(\d)\.downsample)\.(.*)", name):
+            rest = re.sub(r"^(conv\d)\.0", r"\1.c", re.sub(r"^(conv\d)\.1", r"\1.bn", m[3]))
+            if m[1] == "stem":
+                rest = re.sub(r"^conv(\d)", lambda f: f"conv.{2 * int(f[1]) - 2}", rest)
+            found[f"patch_embed{int(m[2] or 0) + 1}.{rest}"] = p
+        elif m := re.match(r"stages\.(\d)\.norm\.(.*)", name):
+            found[f"norm{int(m[1]) + 1}.{m[2]}"] = p
+        else:
+            found["pos_embed" if name == "positions.table" else name] = p[None] if "table" in name else p
+    return found
+
+
+def test_loads_by_the_authors_names():
+    sizes = {"dims": (8, 8, 8, 8), "depths": (2, 2, 4, 2), "heads": (2, 2, 2, 2)}
+    net = SGFormer(**sizes, num_classes=3).eval()
+    arguments = {
+        "embed_dims": (8,) * 4,
+        "depths": (2, 2, 4, 2),
+        "num_heads": (2,) * 4,
+        "num_classes": 3,
+        "qkv_bias": True,
+    }
+    params = official_names(net)
+    assert {"block1.1.attn.f3.weight", "block4.1.attn.kv.bias", "patch_embed1.conv.4.c.weight", "norm2.bias"} < set(
+        params
+    )
+    for name, p in Official.build(arguments, params).state_dict().items():
+        assert torch.equal(p, net.state_dict()[name]), name
 
 
 def test_bad_arguments_are_named():

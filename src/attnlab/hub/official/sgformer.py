@@ -204,12 +204,15 @@ class SGFormer:
 
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> Ours:
+        ratios = set(arguments.get("mlp_ratios", (4,)))
+        if len(ratios) > 1:
+            raise ValueError(f"mlp_ratios must be the same in all stages, got {sorted(ratios)}")
         net = Ours(
             dims=arguments.get("embed_dims", (64, 128, 256, 512)),
             depths=arguments.get("depths", (3, 4, 6, 3)),
             heads=arguments.get("num_heads", (1, 2, 4, 8)),
             reductions=arguments.get("sr_ratios", (8, 4, 2, 1)),
-            mlp_ratio=arguments.get("mlp_ratios", (4,))[0],
+            mlp_ratio=ratios.pop(),
             bias=arguments.get("qkv_bias", False),
             image=arguments.get("img_size", 224),
             in_channels=params["patch_embed1.conv.0.c.weight"].shape[1],

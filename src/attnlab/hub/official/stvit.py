@@ -135,15 +135,12 @@ class STViT:
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> Ours:
         heads = tuple(arguments.get("num_heads", (3, 6, 12, 24)))
         start = arguments.get("init_values", 1e-6)
-        steps = set(arguments.get("n_iter", (1, 1, 1, 1)))
-        if len(steps) > 1:
-            raise ValueError(f"n_iter must be the same in all stages, got {sorted(steps)}")
         net = Ours(
             dims=arguments.get("embed_dim", (96, 192, 384, 768)),
             depths=arguments.get("depths", (2, 2, 6, 2)),
             heads=heads,
             cells=[_pair(size) for size in arguments.get("stoken_size", (8, 4, 2, 1))],
-            steps=steps.pop(),
+            steps=arguments.get("n_iter", (1,) * len(heads)),
             mlp_ratio=arguments.get("mlp_ratio", 4.0),
             bias=arguments.get("qkv_bias", True),
             layer_scale=[start if scaled else None for scaled in arguments.get("layerscale", (False,) * len(heads))],

@@ -101,7 +101,7 @@ class EViT(ViT):
         if len(set(drop_at)) != len(drop_at) or any(not 0 <= layer < depth for layer in drop_at):
             raise ValueError(f"drop_at must name blocks from 0 to {depth - 1}, each once, got {tuple(drop_at)}")
         super().__init__(depth=depth, **vit)
-        self.drop_at, self.fuse = tuple(sorted(drop_at)), fuse
+        self.drop_at, self.fusing = tuple(sorted(drop_at)), fuse
         self.keep = self._rates(keep)
         self.distillation_token: nn.Parameter | None = None
         if distilled:
@@ -145,11 +145,11 @@ class EViT(ViT):
             if layer in self.drop_at:
                 at, n = self.drop_at.index(layer), tokens.shape[1] - prefix
                 count = budget(n, rates[at]) if counts is None else counts[at]
-            tokens, places = run_block(cast(TokenBlock, block), tokens, count, self.fuse, prefix)
+            tokens, places = run_block(cast(TokenBlock, block), tokens, count, self.fusing, prefix)
             if places is not None:
                 kept.append(places)
                 origins = origins.gather(1, places)
-                if self.fuse:
+                if self.fusing:
                     origins = torch.cat((origins, origins.new_full((len(origins), 1), patches)), 1)
         return Encoded(self.encoder.norm(tokens), tuple(kept), origins)
 

@@ -111,7 +111,8 @@ class STViT(Pyramid):
     Source: arXiv 2211.11167 (hhb072/STViT).
 
     Args:
-        heads, cells, layer_scale: per stage. steps: of super token sampling. head_dim: channels before pooling.
+        heads, cells, layer_scale: per stage. steps: of super token sampling, one number or one per stage.
+        head_dim: channels before pooling.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class STViT(Pyramid):
         depths: Sequence[int] = (3, 5, 9, 3),
         heads: Sequence[int] = (1, 2, 5, 8),
         cells: Sequence[int | tuple[int, int]] = (8, 4, 1, 1),
-        steps: int = 1,
+        steps: int | Sequence[int] = 1,
         mlp_ratio: float = 4.0,
         bias: bool = True,
         layer_scale: Sequence[float | None] | None = None,
@@ -131,12 +132,15 @@ class STViT(Pyramid):
         drop_path: float = 0.0,
     ) -> None:
         scales = (None,) * len(dims) if layer_scale is None else tuple(layer_scale)
-        for name, values in (("heads", heads), ("cells", cells), ("layer_scale", scales)):
+        counts = (steps,) * len(dims) if isinstance(steps, int) else tuple(steps)
+        for name, values in (("heads", heads), ("cells", cells), ("layer_scale", scales), ("steps", counts)):
             if len(values) != len(dims):
                 raise ValueError(f"{name} needs one entry per stage, {len(dims)}, got {len(values)}")
 
         def block(place: Place) -> nn.Module:
-            mixer = SuperTokens(place.dim, heads=heads[place.stage], cell=cells[place.stage], steps=steps, bias=bias)
+            mixer = SuperTokens(
+                place.dim, heads=heads[place.stage], cell=cells[place.stage], steps=counts[place.stage], bias=bias
+            )
             return SuperTokenBlock(
                 place.dim, mixer, mlp_ratio=mlp_ratio, drop_path=place.drop_path, layer_scale=scales[place.stage]
             )
