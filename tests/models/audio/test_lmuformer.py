@@ -107,7 +107,8 @@ def official(name, spiking):
         return f"patch_embed.conv_layers.{index}.{0 if part == 'convs' else 3}.{leaf}"
     for ours, word in (
         ("blocks.", "block."), ("mixer.w", "attn.lmu.W_"), ("mixer.norm_", "attn.lmu.bn_"),
-        ("proj.", "attn.proj_conv."), ("first_norm.", "attn.prev_bn."), ("mlp.fc1", "mlp.fc1_conv"), ("mlp.fc2", "mlp.fc2_conv"),
+        ("proj.", "attn.proj_conv."), ("first_norm.", "attn.prev_bn."),
+        ("mlp.fc1", "mlp.fc1_conv"), ("mlp.fc2", "mlp.fc2_conv"),
         ("mlp.norm1", "mlp.fc1_bn"), ("mlp.norm2", "mlp.fc2_bn"),
     ):  # fmt: skip
         name = name.replace(ours, word)
