@@ -5,6 +5,7 @@ import torch
 
 import attnlab
 from attnlab.cost import count_flops
+from attnlab.models.skeletons.pyramid import Pyramid, around
 from attnlab.models.vision.hornet import SIZES, HorNet
 
 # GFLOPs (multiply-adds) at 224×224, arXiv 2207.14284.
@@ -36,6 +37,11 @@ def test_takes_any_image_size(size):
     assert net(torch.randn(1, 3, *size)).shape == (1, 5)
     wanted = [(size[0] // r, size[1] // r) for r in (4, 8, 16, 32)]
     assert [tuple(m.shape[2:]) for m in net.forward_features(torch.randn(1, 3, *size))] == wanted
+
+
+def test_the_convolution_mixes_an_isotropic_network_too():
+    net = Pyramid(dims=(16,), depths=(2,), strides=(16,), block=around("gnconv", options={"order": 3}), num_classes=5)
+    assert net(torch.randn(1, 3, 48, 32)).shape == (1, 5)
 
 
 def test_bad_arguments_are_named():
