@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from attnlab.nn.spatial.partial import PartialChannel, PartialConv, PartialSelf,
 _REPOSITORY, _TIMM = "haiduo/PartialNet", "huggingface/pytorch-image-models"
 
 _STYLE: tuple[Rule, ...] = ((r"cfc1\.", "fc."), (r"(^|attention\.)bn\.", r"\1norm."))
-_SPATIAL: tuple[Rule, ...] = ((r"conv_attn\.", "score."), (r"norm\.", "norm1."))
+_SPATIAL: tuple[Rule, ...] = ((r"conv_attn\.", "score."), (r"conv\.", "fc."), (r"norm\.", "norm1."))
 _MIXER: tuple[Rule, ...] = (
     (r"partial_conv3\.", "conv."),
     (r"attn\.rpe_k\.lookup_table_bias$", "bias.table"),
@@ -33,6 +34,7 @@ _BLOCK: tuple[Rule, ...] = (
     (r"mlp\.3\.", "fc2."),
     (r"mlp\.4\.norm\.", "spatial.norm1."),
     (r"mlp\.4\.conv_attn\.", "spatial.score."),
+    (r"mlp\.4\.conv\.", "spatial.fc."),
     (r"mlp\.4\.", "spatial."),
     (r"layer_scale$", "scale"),
     *_MIXER,
@@ -67,9 +69,9 @@ def _ours(params: Mapping[str, Tensor], rules: tuple[Rule, ...]) -> dict[str, Te
     """Our names; convolutions over (mean, deviation) and of pooled maps as the linear layers that they are."""
     renamed = rename(params, rules)
     for name, tensor in renamed.items():
-        if f".{name}".endswith(".fc.weight") and tensor.ndim == 4:
+        if tensor.shape[2:] == (1, 2):
             renamed[name] = torch.cat(tensor[:, :, 0].unbind(-1), 1)
-        elif name == "neck.weight":
+        elif re.search(r"(^|\.)(neck|fc|fc2|score)\.weight$", name):
             renamed[name] = tensor.flatten(1)
         elif f".{name}".endswith(".bias.table"):
             renamed[name] = tensor.mT.contiguous()

@@ -75,7 +75,7 @@ class PartialBlock(nn.Module):
             raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
         self.mixer, self.separate = mixer, separate
         self.fc1 = ConvNorm(dim, hidden, 1, activation=ACTIVATIONS[activation]())
-        self.fc2 = nn.Conv2d(hidden, dim, 1, bias=False)
+        self.fc2 = nn.Linear(hidden, dim, bias=False)
         self.spatial = PartialSpatial(dim) if spatial else None
         self.drop_path = DropPath(drop_path)
         self.scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
@@ -84,7 +84,7 @@ class PartialBlock(nn.Module):
         y = self.mixer(x)
         if self.separate:
             x = y = x + y
-        y = self.fc2(self.fc1(y))
+        y = self.fc2(self.fc1(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.spatial is not None:
             y = self.spatial(y)
         if self.scale is not None:

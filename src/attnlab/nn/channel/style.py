@@ -38,9 +38,10 @@ class StyleRecalibration(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """`(B, C)`, in [0, 1]."""
-        places = x.shape[2] * x.shape[3]
-        std, mean = torch.std_mean(x, (2, 3), correction=int(places > 1))
-        return F.hardsigmoid(self.norm(self.fc(torch.cat((mean, std), 1))))
+        # Several times as fast as std_mean, which takes its steps one number at a time.
+        mean = x.mean((2, 3), keepdim=True)
+        spread = torch.linalg.vector_norm(x - mean, dim=(2, 3)) * max(x.shape[2] * x.shape[3] - 1, 1) ** -0.5
+        return F.hardsigmoid(self.norm(self.fc(torch.cat((mean[:, :, 0, 0], spread), 1))))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim or 0 in x.shape:

@@ -117,26 +117,28 @@ class PartialSpatial(nn.Module):
         if dim < 2 or dim % 2:
             raise ValueError(f"dim must be even, got {dim}")
         self.dim, half = dim, dim // 2
-        self.score = nn.Conv2d(half, 1, 1, bias=False)
+        self.score = nn.Linear(half, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(half)
         self.norm2: nn.Module = nn.BatchNorm2d(half)
-        self.conv = nn.Conv2d(half, half, 1, bias=False)
+        self.fc = nn.Linear(half, half, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim or 0 in x.shape:
             raise ValueError(f"x must be (B, {self.dim}, H, W) and not empty, got {tuple(x.shape)}")
         a, b = x.chunk(2, 1)
-        return torch.cat((self.norm1(a * F.hardsigmoid(self.score(a))), self.conv(self.norm2(b))), 1)
+        gate = F.hardsigmoid(self.score(a.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        b = self.fc(self.norm2(b).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return torch.cat((self.norm1(a * gate), b), 1)
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold the batch norm before the convolution into it; in evaluation, and for it alone."""
+        """Fold the batch norm before the linear layer into it; in evaluation, and for it alone."""
         norm = self.norm2
         if not isinstance(norm, nn.BatchNorm2d):
             return
         if self.training or norm.running_mean is None or norm.running_var is None:
             raise ValueError("fuse needs eval(): batch norms in training depend on the batch")
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        self.conv.bias = nn.Parameter(self.conv.weight[:, :, 0, 0] @ (norm.bias - norm.running_mean * scale))
-        self.conv.weight.mul_(scale[:, None, None])
+        self.fc.bias = nn.Parameter(self.fc.weight @ (norm.bias - norm.running_mean * scale))
+        self.fc.weight.mul_(scale)
         self.norm2 = nn.Identity()
