@@ -193,7 +193,7 @@ class ImagePrompter(nn.Sequential):
         return x + super().forward(x)
 
 
-def simam(x: Tensor, smoothing: float = 1e-4) -> Tensor:
+def simam(x: Tensor, smoothing: float = 1e-3) -> Tensor:
     """Another: pixels gated by how far they are from their channel's mean, without parameters (SimAM, ICML 2021)."""
     far = (x - x.mean((2, 3), keepdim=True)).square()
     spread = far.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
