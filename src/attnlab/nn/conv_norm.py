@@ -7,6 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+_PLACES = 256  # from which on a 1×1 convolution is faster as a linear layer
+_WORTH = 1 << 17  # numbers in a map from which on a pass over it costs more than a few small operations
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, like: nn.Conv2d) -> Tensor:
+    """A convolution of the shape of `like`; 1×1 ones over many places in channels-last memory are linear layers."""
+    many = x.shape[0] * x.shape[2] * x.shape[3] >= _PLACES
+    if isinstance(like, Pointwise) and many and x.is_contiguous(memory_format=torch.channels_last):
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight, bias, like.stride, like.padding, like.dilation, like.groups)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1×1 convolution of stride 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(x, self.weight, self.bias, self)
+
 
 class ConvNorm(nn.Sequential):
     """A convolution, a batch norm, and an activation if given; odd kernels keep the size at stride 1.
@@ -26,10 +44,32 @@ class ConvNorm(nn.Sequential):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        kind = Pointwise if kernel == stride == groups == 1 else nn.Conv2d
+        self.conv = kind(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_dim)
         if activation is not None:
             self.act = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.folds(x):
+            return super().forward(x)
+        y = convolve(x, *self.folded(), self.conv)
+        return self.act(y) if len(self) > 2 else y
+
+    def folds(self, x: Tensor) -> bool:
+        """Whether the norm goes into the weights on the way: in evaluation, where that is less than one more pass."""
+        if self.training or type(self.norm) is not nn.BatchNorm2d:
+            return False
+        places = x.shape[0] * x.shape[2] * x.shape[3] // (self.conv.stride[0] * self.conv.stride[1])
+        return places >= 4 * self.conv.weight[0].numel() and places * self.conv.out_channels >= _WORTH
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution and the norm behind it together, in evaluation."""
+        norm = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # type: ignore[operator, union-attr]
+        mean = norm.running_mean if self.conv.bias is None else norm.running_mean - self.conv.bias  # type: ignore[operator]
+        bias = norm.bias - mean * scale  # type: ignore[operator]
+        return self.conv.weight * scale[:, None, None, None], bias
 
 
 class ResidualConv(ConvNorm):
@@ -40,8 +80,16 @@ class ResidualConv(ConvNorm):
         self.summed = False  # whether the kernel adds x itself
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.conv(x))
-        return y if self.summed else x + y
+        if self.summed:
+            return self.conv(x)
+        if not self.folds(x):
+            return x + self.norm(self.conv(x))
+        weight, bias = self.folded()
+        return convolve(x, weight + self.unit(), bias, self.conv)
+
+    def unit(self) -> Tensor:
+        """The kernel that changes nothing."""
+        return F.pad(self.conv.weight.new_ones(1, 1), (self.conv.kernel_size[0] // 2,) * 4)
 
 
 @torch.no_grad()
@@ -58,5 +106,5 @@ def fold_norms(module: nn.Module) -> None:
         part.conv = fuse_conv_bn_eval(part.conv, part.norm)
         part.norm = nn.Identity()  # type: ignore[assignment]
         if isinstance(part, ResidualConv):
-            part.conv.weight += F.pad(part.conv.weight.new_ones(1, 1), (part.conv.kernel_size[0] // 2,) * 4)
+            part.conv.weight += part.unit()
             part.summed = True
