@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: compare test slow speed wheel clean
+.PHONY: compare test slow speed pages wheel clean
 
 compare: .venv/run.stamp  ## train every default mechanism on the default tasks; report in runs/
 	$(BIN)/attnlab compare --out runs $(ARGS)
@@ -21,6 +21,10 @@ slow: .venv/dev.stamp  ## the longer checks: make slow ARGS=tests/nn/softmax
 speed: .venv/dev.stamp  ## attend and scan beside their peers: ratios, a few minutes on a quiet machine
 	$(BIN)/python benchmarks/attend.py
 	$(BIN)/python benchmarks/scan.py
+
+pages: .venv/dev.stamp  ## count FLOPs of new backbones, and write the page of what there is
+	$(BIN)/python -m attnlab.models.flops
+	$(BIN)/python docs/list_systems.py
 
 wheel: .venv/dev.stamp
 	$(BIN)/python -m build --wheel --outdir dist

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -43,3 +45,10 @@ def test_the_readmes_ten_lines_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "tiles" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"dinat_tiny\.pth"):
         exec("import attnlab\n" + block.rstrip().rsplit("\n", 1)[1], {})
+
+
+def test_the_page_of_systems_is_what_the_cards_say() -> None:
+    # In a process of its own, where no test has registered anything.
+    page = "import runpy; print(runpy.run_path('docs/list_systems.py')['page'](), end='')"
+    found = subprocess.run([sys.executable, "-c", page], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found == (ROOT / "docs" / "systems.md").read_text(), "write it anew: python docs/list_systems.py"

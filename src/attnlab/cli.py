@@ -75,11 +75,13 @@ def list_(
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False, header_style="dim")
-    for column in ("name", "family", "kind", "cost", "capabilities", "paper"):
+    backbones = kind == cards.Kind.BACKBONE.value
+    extra = ("sizes", "parameters, millions", "multiply-adds, billions") if backbones else ("kind", "cost")
+    for column in ("name", "family", *extra, "capabilities", "paper"):
         table.add_column(column, overflow="fold")
     for card in found:
-        capabilities = ", ".join(card.capabilities.names())
-        table.add_row(f"[bold]{card.name}", card.family, card.kind.value, card.cost, capabilities, card.paper)
+        about = _spans(card) if backbones else (card.kind.value, card.cost)
+        table.add_row(f"[bold]{card.name}", card.family, *about, ", ".join(card.capabilities.names()), card.paper)
     _console().print(table)
     print(f"{len(found)} of {len(cards.entries())}; attnlab show NAME says more")
 
@@ -113,7 +115,9 @@ def show(name: str) -> None:
     console.print(Text("\n" + (inspect.getdoc(target) or "") + "\n"))
     if card.sizes:
         for size, about in card.sizes.items():
-            console.print(Text(f"  {size}  {about.params:,} parameters{_keeps(card, target, about.arguments)}"))
+            work = _work(size) if card.kind is cards.Kind.BACKBONE else ""
+            keeps = _keeps(card, target, about.arguments)
+            console.print(Text(f"  {size}  {about.params:,} parameters{work}{keeps}"))
         return
     if card.kind in (cards.Kind.TOKENS, cards.Kind.FEATURES):
         from attnlab.arena import influence
@@ -301,7 +305,27 @@ def _costs(card: Card, cost: str) -> bool:
     return words.get(cost, cost.replace(" ", "").lower() == card.cost.replace(" ", "").lower())
 
 
+def _spans(card: Card) -> tuple[str, str, str]:
+    """How many sizes a backbone has, and from where to where their parameters and multiply-adds go."""
+    from attnlab.models.flops import counted
+
+    params = [size.params / 1e6 for size in card.sizes.values()]
+    work = [counted()[name].flops / 2e9 for name in card.sizes if name in counted()]
+    ends = (f"{min(x):.3g} – {max(x):.3g}" if len(x) > 1 else "".join(f"{y:.3g}" for y in x) for x in (params, work))
+    return (str(len(params) or ""), *ends)  # type: ignore[return-value]
+
+
+def _work(size: str) -> str:
+    """The multiply-adds of a backbone's named size, as a phrase."""
+    from attnlab.models.flops import counted
+
+    found = counted().get(size)
+    return f", {found.flops / 2e9:.2f} G multiply-adds at {found.size[0]}×{found.size[1]}" if found else ""
+
+
 def _as_data(card: Card) -> dict:
+    from attnlab.models.flops import counted
+
     return {
         "name": card.name,
         "title": card.title,
@@ -314,6 +338,7 @@ def _as_data(card: Card) -> dict:
         "growth": card.growth,
         "state": card.state,
         "sizes": {name: size.params for name, size in card.sizes.items()},
+        "flops": {name: counted()[name].flops for name in card.sizes if name in counted()},
     }
 
 
