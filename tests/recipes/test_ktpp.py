@@ -73,6 +73,13 @@ def test_stages_stand_where_they_are_asked_for_with_fewer_and_fewer_keys() -> No
     replaced = ktpp(place="replace", keep=(0.8, 0.4))
     kinds = [type(block.mixer) is NearestKeys for block in replaced.backbone.encoder.blocks]
     assert kinds == [False, True, True] and len(replaced.stages) == 0
+    vit, images = (
+        attnlab.build("vit", dim=16, depth=3, heads=2, image=16, patch=4, num_classes=0),
+        torch.randn(2, 3, 16, 16),
+    )
+    before = vit.forward_features(images)[-1]
+    KTPP(vit, text_dim=12, heads=2, keep=(1.0, 1.0), place="replace")  # with all keys, what the backbone learned
+    torch.testing.assert_close(vit.forward_features(images)[-1], before)
 
 
 def test_any_backbone_with_maps_will_do() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attnlab.cards import RECIPE, Card, register
 from attnlab.models.skeletons.plain import Plain, TokenBlock
+from attnlab.nn.multihead import MultiHead
 from attnlab.nn.sparse.nearest_keys import NearestKeys
 
 
@@ -66,7 +67,7 @@ class KTPP(nn.Module):
     Args:
         backbone: images to maps, by `forward_features(images)[-1]` (B, C, H, W), with `channels`.
         keep: of the stages. alpha, context: of each `NearestKeys`. place: "append" the stages behind the backbone, or
-            "replace" the attention of its last blocks (a `Plain` network alone).
+            "replace" the attention of its last blocks, whose weights stay (a `Plain` network alone).
         scales: of the pyramid. modulate: how the prompt weighs tokens: "gate", "film" (Z ∘ (1 + γ) + β) or "token"
             (not at all but by standing among them).
         query_prompt: what stands before a query's tokens: "none", the "mean" of the W prompts, or "all" in turn, with
@@ -116,7 +117,14 @@ class KTPP(nn.Module):
             if not isinstance(backbone, Plain) or len(backbone.encoder.blocks) < len(keep):
                 raise TypeError(f"place='replace' wants a Plain backbone of at least {len(keep)} blocks")
             for block, share in zip(backbone.encoder.blocks[-len(keep) :], keep, strict=True):
-                block.mixer = attention(share)
+                old = block.mixer
+                if not isinstance(old, MultiHead):
+                    raise TypeError(f"place='replace' wants MultiHead mixers, got {type(old).__name__}")
+                block.mixer = NearestKeys(
+                    dim, heads=old.heads, keep=share, alpha=alpha, context=context, bias=old.wqkv.bias is not None,
+                    out_bias=old.wo.bias is not None,
+                )  # fmt: skip
+                block.mixer.wqkv, block.mixer.wo = old.wqkv, old.wo  # what the backbone learned stays
         self.to_prompt = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
         self.pyramid = PyramidPrompts(dim, scales)
         self.weigh = None if modulate == "token" else nn.Linear(dim, dim if modulate == "gate" else 2 * dim)
