@@ -26,23 +26,18 @@ Evaluation = Literal["running", "batch"]
 class GroupStandardize(nn.Module):
     """Groups of channels standardised in turn over batch and places, and over each sample's places: `(B, C, H, W)`."""
 
-    over_batch: Tensor
-    alone: Tensor
-    order: Tensor
-
     def __init__(self, dim: int, *, groups: int = 12, running: bool = True) -> None:
         super().__init__()
         if groups < 2 or dim % groups:
             raise ValueError(f"dim must be a multiple of groups = {groups}, got {dim}")
-        rows = torch.arange(dim).unflatten(0, (groups, -1))
-        over_batch, alone = rows[::2].flatten(), rows[1::2].flatten()
-        self.register_buffer("over_batch", over_batch, persistent=False)
-        self.register_buffer("alone", alone, persistent=False)
-        self.register_buffer("order", torch.cat((over_batch, alone)).argsort(), persistent=False)
-        self.norm = nn.BatchNorm2d(len(over_batch), affine=False, track_running_stats=running)
+        self.width = dim // groups
+        self.norm = nn.BatchNorm2d((groups + 1) // 2 * self.width, affine=False, track_running_stats=running)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((self.norm(x[:, self.over_batch]), standardize(x[:, self.alone])), 1)[:, self.order]
+        groups = list(x.split(self.width, 1))
+        groups[::2] = self.norm(torch.cat(groups[::2], 1)).split(self.width, 1)
+        groups[1::2] = standardize(torch.cat(groups[1::2], 1)).split(self.width, 1)
+        return torch.cat(groups, 1)
 
 
 class SlowFastBlock(nn.Module):
