@@ -149,3 +149,10 @@ def test_refuses_what_does_not_fit():
             net(x, state=other)
     with pytest.raises(ValueError, match="must have seen a frame"):
         net.finish(net.initial_state(2))
+
+
+def test_compiles_and_exports_whole_and_says_the_same():
+    net, x = lively("membrane").float(), torch.randn(2, 9, 6)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), net(x))
+    torch.testing.assert_close(torch.export.export(net, (x,), strict=False).module()(x), net(x))
