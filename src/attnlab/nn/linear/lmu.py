@@ -15,8 +15,8 @@ from attnlab.nn.cache import Owner
 from attnlab.nn.mechanism import Mechanism
 from attnlab.patterns import Pattern
 
-# Up to so many steps one product with a Toeplitz matrix is faster than Fourier transforms: on one core, 256 wide and for
-# 8 sequences, 1.3 times at 256 steps and 0.3 times at 512.
+# Up to so many steps one product with a Toeplitz matrix is faster than Fourier transforms: on one core, 256 wide, of 8
+# sequences, 1.3 times at 256 steps and 0.3 times at 512.
 _SHORT = 256
 
 
