@@ -81,6 +81,16 @@ def test_the_convolved_channels_are_the_last_and_relative_to_the_width():
     torch.testing.assert_close(mixer(x).movedim(1, -1), mixer.fc2(nn.functional.gelu(gate) * doubled))
 
 
+@pytest.mark.parametrize("conv_ratio", [0.0, 0.5, 1.0])
+def test_without_gradients_it_is_the_same(conv_ratio):
+    mixer, x = GatedCNN(8, conv_ratio=conv_ratio), torch.randn(2, 8, 5, 4)
+    kept = x.clone()
+    with torch.no_grad():
+        y = mixer(x)
+    torch.testing.assert_close(y, mixer(x))
+    assert torch.equal(x, kept)
+
+
 def test_without_convolved_channels_places_do_not_mix():
     mixer = GatedCNN(8, conv_ratio=0.0)
     x = torch.randn(1, 8, 4, 5, requires_grad=True)

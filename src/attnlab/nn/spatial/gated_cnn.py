@@ -54,5 +54,10 @@ class GatedCNN(nn.Module):
         gate, value = self.fc1(x.movedim(1, -1)).split(self.hidden, -1)
         if self.conv is not None:
             still, c = value.split((self.hidden - self.convolved, self.convolved), -1)
-            value = torch.cat((still, self.conv(c.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)), -1)
-        return self.fc2(F.gelu(gate) * value).movedim(-1, 1)
+            mixed = self.conv(c.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            if torch.is_grad_enabled():
+                value = torch.cat((still, mixed), -1)
+            else:  # what is not convolved stays where it is
+                c.copy_(mixed)
+        gated = F.gelu(gate) * value if torch.is_grad_enabled() else F.gelu(gate).mul_(value)
+        return self.fc2(gated).movedim(-1, 1)
