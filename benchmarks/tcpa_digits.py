@@ -1,6 +1,6 @@
 """Prompts that each token picks against prompts that all share, at one number of parameters, on digits.
 
-    python benchmarks/tcpa_digits.py [--steps 150] [--seeds 2]
+    python benchmarks/tcpa_digits.py [--steps 100] [--seeds 2]
 
 A small ViT learns to tell the digits 0 to 4 apart, is frozen, and is tuned to tell 5 to 9 apart. Prints test accuracy,
 and the mean cosine of patches' features with each other: the lower, the more they differ. Half a minute of CPU on
@@ -48,7 +48,7 @@ def fit(net: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: float)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
