@@ -45,7 +45,6 @@ class PyramidPrompts(nn.Module):
         name="ktpp",
         title="KNN Transformer with Pyramid Prompts for Few-Shot Learning",
         paper="2410.10227",
-        system="ktpp",
         family="few-shot",
         kind=RECIPE,
         cost="N²",

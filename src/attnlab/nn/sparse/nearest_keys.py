@@ -27,7 +27,6 @@ from attnlab.patterns import Pattern
         name="nearest_keys",
         title="KNN Transformer with Pyramid Prompts for Few-Shot Learning",
         paper="2410.10227",
-        system="ktpp",
         family="sparse",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | ANY_LENGTH | PERMUTATION_EQUIVARIANT | EXACT,
