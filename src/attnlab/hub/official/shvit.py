@@ -1,4 +1,4 @@
-"""ysj9909/SHViT (arXiv 2401.16456): single-head attention, block, merging of patches and network; and timm's network."""
+"""ysj9909/SHViT (arXiv 2401.16456): single-head attention, block, patch merging and network; and timm's network."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from attnlab.nn.sparse.union_attention import UnionAttention
         name="union_classifier",
         title="Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
         paper="2503.02495",
-        system="uoe",
         family="language",
         kind=OPERATOR,
         cost="N² · (active / heads)²",

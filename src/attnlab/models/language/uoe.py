@@ -42,7 +42,6 @@ class UnionBlock(nn.Module):
         name="uoe",
         title="Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
         paper="2503.02495",
-        system="uoe",
         family="language",
         kind=LM,
         capabilities=CAUSAL_SELF,

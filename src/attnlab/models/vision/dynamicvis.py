@@ -56,7 +56,6 @@ class RoutedBlock(nn.Module):
         name="dynamicvis",
         title="DynamicVis: An Efficient and General Visual Foundation Model for Remote Sensing Image Understanding",
         paper="2503.16426",
-        system="dynamicvis",
         family="sparse",
         kind=BACKBONE,
         capabilities=ANY_GRID,

@@ -49,7 +49,6 @@ class SpartanBlock(nn.Module):
         name="spartan",
         title="SpaRTAN: Spatial Reinforcement Token-based Aggregation Network for Visual Recognition",
         paper="2507.10999",
-        system="spartan",
         family="spatial",
         kind=BACKBONE,
         capabilities=ANY_GRID,

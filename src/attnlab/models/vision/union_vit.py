@@ -15,7 +15,6 @@ from attnlab.nn.sparse.union_attention import UnionAttention
         name="union_vit",
         title="Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
         paper="2503.02495",
-        system="uoe",
         family="sparse",
         kind=BACKBONE,
         cost="N² · (active / heads)²",

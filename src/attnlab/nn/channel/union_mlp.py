@@ -91,7 +91,6 @@ def check_variant(variant: str, release_order: bool = False) -> None:
         name="union_mlp",
         title="Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
         paper="2503.02495",
-        system="uoe",
         family="channel",
         kind=TOKENS,
         capabilities=ANY_LENGTH | PERMUTATION_EQUIVARIANT,

@@ -16,7 +16,6 @@ from attnlab.nn.spatial.smixer import ConvNormGELU
         name="wave",
         title="SpaRTAN: Spatial Reinforcement Token-based Aggregation Network for Visual Recognition",
         paper="2507.10999",
-        system="spartan",
         family="channel",
         kind=FEATURES,
         capabilities=ANY_GRID,

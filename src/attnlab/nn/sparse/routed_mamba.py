@@ -64,7 +64,6 @@ class FlippedMamba(nn.Module):
         name="routed_mamba",
         title="DynamicVis: An Efficient and General Visual Foundation Model for Remote Sensing Image Understanding",
         paper="2503.16426",
-        system="dynamicvis",
         family="sparse",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | ANY_LENGTH,

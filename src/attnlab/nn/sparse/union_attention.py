@@ -45,7 +45,6 @@ class OwnTokens(Cache):
         name="union_attention",
         title="Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
         paper="2503.02495",
-        system="uoe",
         family="sparse",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | CAUSAL_SELF | STREAMING | ANY_LENGTH,

@@ -24,7 +24,6 @@ class ConvNormGELU(ConvNorm):
         name="smixer",
         title="SpaRTAN: Spatial Reinforcement Token-based Aggregation Network for Visual Recognition",
         paper="2507.10999",
-        system="spartan",
         family="spatial",
         kind=FEATURES,
         capabilities=ANY_GRID,
