@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from attnlab import cards
 from attnlab.nn.conv_norm import ConvNorm, Pointwise, ResidualConv, fold_norms
 
 D = torch.float64
@@ -15,6 +16,7 @@ KINDS = {
     "strided 1x1": lambda: ConvNorm(3, 4, 1, 2),
     "depthwise": lambda: ConvNorm(3, 3, 3, groups=3),
     "residual": lambda: ResidualConv(3),
+    "with a pool": lambda: ConvNorm(3, 4, 3, activation=nn.ReLU()).append(nn.MaxPool2d(2)),
 }
 
 
@@ -28,7 +30,8 @@ def made(kind: str) -> ConvNorm:
 
 def plainly(module: ConvNorm, x: torch.Tensor) -> torch.Tensor:
     y = module.norm(nn.Conv2d.forward(module.conv, x))
-    y = module.act(y) if len(module) > 2 else y
+    for follows in list(module)[2:]:
+        y = follows(y)
     return x + y if isinstance(module, ResidualConv) else y
 
 
@@ -53,6 +56,20 @@ def test_folding_changes_nothing_in_evaluation(kind, layout, size, monkeypatch):
     torch.testing.assert_close(folded(x), wanted)
 
 
+@pytest.mark.parametrize("name", cards.names(kind="backbone"))
+def test_no_backbone_changes_by_folding(name, monkeypatch):
+    network = cards.build(name, **cards.describe(name).sample).to(D).eval()
+    for key, t in network.state_dict().items():
+        if "running_mean" in key:
+            nn.init.normal_(t, std=0.1)
+    x = torch.randn(2, 3, *(cards.describe(name).probe or (64, 64)), dtype=D)
+    with torch.no_grad():
+        monkeypatch.setattr("attnlab.nn.conv_norm.ConvNorm.folds", lambda self, x: not self.training)
+        folded = network(x)
+        monkeypatch.setattr("attnlab.nn.conv_norm.ConvNorm.folds", lambda self, x: False)
+        torch.testing.assert_close(folded, network(x))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_uses_the_batch(kind):
     module, x = made(kind).train(), torch.randn(2, 3, 16, 20, dtype=D)
@@ -64,7 +81,7 @@ def test_training_uses_the_batch(kind):
 
 
 def test_only_plain_1x1_convolutions_are_pointwise():
-    assert [isinstance(make().conv, Pointwise) for make in KINDS.values()] == [False, True, False, False, False]
+    assert [isinstance(make().conv, Pointwise) for make in KINDS.values()] == [False, True, False, False, False, False]
 
 
 def test_folding_in_training_is_refused():

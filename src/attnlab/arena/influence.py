@@ -20,7 +20,8 @@ _SHADES = " ░▒▓█"
 def layout_of(card: cards.Card) -> str:
     """The layout in which a mechanism shows best: causal where it can be, a grid where it must."""
     on_sequences = card.claims(cards.ANY_LENGTH) or not card.claims(cards.ANY_GRID)
-    return CAUSAL if card.claims(cards.CAUSAL_SELF) and on_sequences else GRID
+    causal = card.claims(cards.CAUSAL_SELF) or bool(getattr(cards.target(card.name), "causal_only", ""))
+    return CAUSAL if causal and on_sequences else GRID
 
 
 def influence(mechanism: str, layout: str = "", *, length: int = 64, width: int = 64) -> Tensor:
@@ -34,6 +35,7 @@ def influence(mechanism: str, layout: str = "", *, length: int = 64, width: int 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = mixer(mechanism, width, layout).eval()
+        _stir(module)
         grid = _grid(module, length, width) if layout == GRID else None
         length = math.prod(grid) if grid else length
         # One copy of the sequence per query: a single backward pass then gives every row.
@@ -45,15 +47,26 @@ def influence(mechanism: str, layout: str = "", *, length: int = 64, width: int 
     return strength / strength.amax(1, keepdim=True).clamp_min(1e-30)
 
 
+def _stir(module: nn.Module) -> None:
+    """Small random numbers where norms and layers start at zero so as to be silent: here they shall show."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+
+
 def _grid(module: nn.Module, length: int, width: int) -> tuple[int, ...]:
-    """A grid of about `length` tokens that the mechanism takes: a square, or else a cube (frames, rows, columns)."""
+    """A grid of about `length` tokens that the mechanism takes: a square, a cube (frames, rows, columns), or a row as
+    long as the one that it is bound to."""
     square, cube = (math.isqrt(length),) * 2, (round(length ** (1 / 3)),) * 3
-    try:
-        with torch.no_grad():
-            module(torch.zeros(1, math.prod(square), width), grid=square)
-    except ValueError:
-        return cube
-    return square
+    for grid in (square, cube):
+        try:
+            with torch.no_grad():
+                module(torch.zeros(1, math.prod(grid), width), grid=grid)
+        except ValueError:
+            continue
+        return grid
+    return (1, getattr(module, "tokens", length))
 
 
 def as_text(strength: Tensor) -> str:

@@ -54,7 +54,9 @@ class ConvNorm(nn.Sequential):
         if not self.folds(x):
             return super().forward(x)
         y = convolve(x, *self.folded(), self.conv)
-        return self.act(y) if len(self) > 2 else y
+        for follows in list(self)[2:]:  # the activation, and whatever was added
+            y = follows(y)
+        return y
 
     def folds(self, x: Tensor) -> bool:
         """Whether the norm goes into the weights on the way: in evaluation, where that is less than one more pass."""
