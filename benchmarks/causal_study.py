@@ -51,7 +51,11 @@ def table(rows: dict[tuple[str, str], Row], curves: dict[str, dict], about: dict
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     names = dict.fromkeys(name for _, name in rows)
     for name in sorted(names, key=lambda n: -(rows[TASKS[0], n].mean or 0.0) if (TASKS[0], n) in rows else 1.0):
-        cells = [name, *(score(rows[task, name]) if (task, name) in rows else "–" for task in TASKS)]
+        found = [rows.get((task, name)) for task in TASKS]
+        cells = [
+            name,
+            *("–" if row is None else score(row) if row.scores else row.trials[0]["status"] for row in found),
+        ]
         curve = curves.get(name, {})
         points = {point["length"]: point for point in curve.get("points", ())}
         peaks = [point["memory"] for point in points.values() if point["memory"]]

@@ -121,11 +121,11 @@ def test_all_mechanisms_see_the_same_batches_in_the_same_order(monkeypatch, toys
 def test_who_takes_positions_gets_rotary_ones_where_the_task_has_them(ready):
     built = {
         (name, it): network.mixer(name, 32, CAUSAL, positions=ready[it].positions)
-        for name in ("multihead", "sliding_window", "linear", "kda")
+        for name in ("multihead", "sliding_window", "reduced", "linear", "kda")
         for it in ("text", "recall")
     }
     turned = {key for key, module in built.items() if getattr(module, "position", None) is not None}
-    assert turned == {("multihead", "text"), ("sliding_window", "text")}
+    assert turned == {("multihead", "text"), ("sliding_window", "text"), ("reduced", "text")}
     assert all(module(torch.randn(1, 8, 32), grid=None).shape == (1, 8, 32) for module in built.values())
 
 

@@ -97,7 +97,9 @@ def mixer(mechanism: str, width: int, layout: str, *, positions: bool = False) -
     if passes_on or "causal" in parameters:
         options["causal"] = layout in (CAUSAL, CAUSAL_CROSS)
     if positions and takes_positions(mechanism):
-        options["position"] = Rotary(options.get("head_dim") or width // options["heads"])
+        own = parameters if "heads" in parameters else inspect.signature(MultiHead).parameters
+        heads = options.get("heads", own["heads"].default)
+        options["position"] = Rotary(options.get("head_dim") or width // heads)
     built = cards.build(mechanism, width, **options)
     return Across(built) if layout in (CROSS, CAUSAL_CROSS) else built
 
