@@ -24,7 +24,7 @@ LENGTHS = {
 }
 WIDTH = {"small": 64, "medium": 128, "long": 64}
 DECODE_AT = (64, 4096)
-_PATIENCE = {"small": 3.0, "medium": 20.0, "long": 20.0}  # seconds that one call may be expected to take
+_PATIENCE = {"small": 3.0, "medium": 20.0, "long": 6.0}  # seconds that one call may be expected to take
 _REPEAT_FOR = 0.15  # seconds over which a call is repeated, at least three times
 
 
