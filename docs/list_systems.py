@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from attnlab import cards
+from attnlab.arena.summary import number
 from attnlab.models.flops import counted
 
 PAGE = Path(__file__).with_name("systems.md")
@@ -22,7 +23,7 @@ def link(paper: str) -> str:
 
 
 def span(values: list[float]) -> str:
-    return "–".join(dict.fromkeys(f"{x:.3g}" for x in (min(values), max(values)))) if values else ""
+    return "–".join(dict.fromkeys(map(number, (min(values), max(values))))) if values else ""
 
 
 def row(card: cards.Card) -> str:

@@ -309,10 +309,12 @@ def _spans(card: Card) -> tuple[str, str, str]:
     """How many sizes a backbone has, and from where to where their parameters and multiply-adds go."""
     from attnlab.models.flops import counted
 
+    from attnlab.arena.summary import number
+
     params = [size.params / 1e6 for size in card.sizes.values()]
     work = [counted()[name].flops / 2e9 for name in card.sizes if name in counted()]
-    ends = (f"{min(x):.3g} – {max(x):.3g}" if len(x) > 1 else "".join(f"{y:.3g}" for y in x) for x in (params, work))
-    return (str(len(params) or ""), *ends)  # type: ignore[return-value]
+    spans = [" – ".join(dict.fromkeys(map(number, (min(x), max(x))))) if x else "" for x in (params, work)]
+    return str(len(params) or ""), spans[0], spans[1]
 
 
 def _work(size: str) -> str:
