@@ -307,9 +307,8 @@ def _costs(card: Card, cost: str) -> bool:
 
 def _spans(card: Card) -> tuple[str, str, str]:
     """How many sizes a backbone has, and from where to where their parameters and multiply-adds go."""
-    from attnlab.models.flops import counted
-
     from attnlab.arena.summary import number
+    from attnlab.models.flops import counted
 
     params = [size.params / 1e6 for size in card.sizes.values()]
     work = [counted()[name].flops / 2e9 for name in card.sizes if name in counted()]
