@@ -15,6 +15,7 @@ VARIANTS = {
     "three layers of gelu": dict(depth=3, activation="gelu", expansion=1.5),
     "residual": dict(depth=2, residual=True),
     "residual matrix": dict(depth=1, residual=True),
+    "bounded": dict(depth=2, residual=True, max_grad_norm=0.7),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -42,10 +43,11 @@ def one_by_one(memory: DeepMemory, g: dict[str, Tensor], writes: Tensor | None =
     for t in range(g["q"].shape[2]):
         q, k, v = (g[n][:, :, t : t + 1] for n in "qkv")
         at = tuple(w.detach().clone().requires_grad_() for w in anchor)
-        loss = (g["rate"][:, :, t] * (memory.read(k, at) - v).square().sum((-1, -2))).sum()
-        gradients = torch.autograd.grad(loss, at)
-        keep, push = (g[n][:, :, t, None, None] for n in ("keep", "push"))
-        momentum = tuple(push * s - u for s, u in zip(momentum, gradients, strict=True))
+        gradients = torch.autograd.grad((memory.read(k, at) - v).square().sum(), at)
+        length = sum(u.square().sum((-1, -2), keepdim=True) for u in gradients).sqrt()
+        rate, keep, push = (g[n][:, :, t, None, None] for n in ("rate", "keep", "push"))
+        rate = rate / (1 + (length / memory.max_grad_norm) ** 2).sqrt()
+        momentum = tuple(push * s - rate * u for s, u in zip(momentum, gradients, strict=True))
         write = 1.0 if writes is None else writes[t]
         weights = tuple(keep * w + write * s for w, s in zip(weights, momentum, strict=True))
         out.append(memory.read(q, weights))
@@ -116,6 +118,7 @@ def test_slopes_are_the_derivatives_of_the_activations(activation: str):
     [
         (dict(depth=0), "depth must be"),
         (dict(activation="relu"), "activation must be"),
+        (dict(max_grad_norm=0.0), "max_grad_norm must be"),
         (dict(expansion=0.1), "expansion"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ VARIANTS = {
     "two layers": dict(heads=2, chunk=5),
     "matrix": dict(heads=3, chunk=4, depth=1),
     "residual, no momentum": dict(heads=2, chunk=3, momentum=False, residual=True, max_rate=0.3),
+    "small gradients": dict(heads=2, chunk=5, max_grad_norm=0.1),
+    "gradients as they are": dict(heads=2, chunk=5, max_grad_norm=math.inf),
     "no convolution": dict(heads=1, chunk=1, conv=None, head_dim=4),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -71,6 +75,8 @@ def by_hand(m: NeuralMemory, x: Tensor) -> Tensor:
             with torch.enable_grad():
                 loss = (network(k_t.detach(), anchor, m.memory.depth) - v[t, own].detach()).square().sum()
             gradients = torch.autograd.grad(loss, anchor)
+            length = sum(g.square().sum() for g in gradients).sqrt()
+            gradients = [g / (1 + (length / m.memory.max_grad_norm) ** 2).sqrt() for g in gradients]
             rate, forget = m.max_rate * raw[0][t, h], raw[-1][t, h]
             push = raw[1][t, h] if m.momentum else 0.0
             momentum = [push * s - rate * g for s, g in zip(momentum, gradients, strict=True)]
@@ -102,7 +108,7 @@ def test_decoding_step_by_step_equals_the_whole_pass(variant: str):
 
 def test_a_matrix_written_at_every_token_is_the_delta_rule():
     """depth 1, chunk 1, no momentum, nothing forgotten: W ← W + β k (v − Wᵀk)ᵀ with β = 2θ (arXiv 2406.06484)."""
-    m = make("matrix", chunk=1, momentum=False, conv=None, max_rate=0.4)
+    m = make("matrix", chunk=1, momentum=False, conv=None, max_rate=0.4, max_grad_norm=math.inf)
     with torch.no_grad():
         m.rates.bias[m.heads :] = -1e9  # α = 0
         m.rates.weight[m.heads :] = 0
@@ -150,6 +156,33 @@ def test_weights_stay_finite_over_a_long_text_of_equal_tokens():
     assert all(w.isfinite().all() and w.abs().max() < 100 for w in state.weights)
 
 
+HARD = {
+    "equal tokens": 30 * torch.ones(1, 256, DIM),
+    "large tokens": 30 * torch.randn(2, 256, DIM, generator=torch.Generator().manual_seed(1)),
+    "alternating tokens": 10 * torch.ones(1, 256, DIM) * torch.tensor([1.0, -1.0]).repeat(128)[:, None],
+}
+
+
+@pytest.mark.parametrize("text", HARD)
+@pytest.mark.parametrize("bound", [None, math.inf])
+def test_memory_and_gradients_stay_finite_where_steps_are_too_long_and_only_with_the_bound(
+    text: str, bound: float | None
+):
+    """Weights like those of a trained network: M some three times its first size, long momentum."""
+    torch.manual_seed(0)
+    m = NeuralMemory(DIM, heads=2, max_grad_norm=bound)
+    with torch.no_grad():
+        for w in (*m.memory.matrices, m.wkv.weight):
+            w.mul_(3)
+        m.rates.bias[m.heads : -m.heads] = 2.0
+    x = HARD[text].clone().requires_grad_()
+    y, state = m(x, state=m.initial_state(len(x)))
+    y.square().mean().backward()
+    gradients = [x.grad, *(p.grad for p in m.parameters())]
+    finite = all(t.isfinite().all() for t in (y, *state.weights, *gradients))
+    assert finite == (bound is None)
+
+
 @pytest.mark.parametrize("place", [0, 1, 4])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 17])
 def test_pieces_end_where_chunks_end(place: int, length: int):
@@ -180,6 +213,7 @@ def test_the_state_of_another_memory_batch_or_length_of_chunk_is_refused():
         (dict(max_rate=-1.0), "max_rate must be"),
         (dict(heads=4), "heads must divide"),
         (dict(heads=2, depth=0), "depth must be"),
+        (dict(heads=2, max_grad_norm=0.0), "max_grad_norm must be"),
     ],
 )
 def test_bad_arguments_are_named(keywords: dict, words: str):

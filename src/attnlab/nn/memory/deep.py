@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -27,7 +28,7 @@ class DeepMemory(nn.Module):
     """A network per head that maps keys to values, M(x) = act(act(x W₁) W₂) …, as a memory.
 
     Each token t pulls M towards v_t at k_t; u_t is minus the gradient of rate_t · |M(k_t) − v_t|² at the weights
-    `anchor`. Momentum S and weights W then go
+    `anchor`, shortened to rate_t · max_grad_norm at most. Momentum S and weights W then go
 
         S_t = η_t S_{t−1} + u_t          W_t = (1 − α_t) W_{t−1} + w_t S_t
 
@@ -43,6 +44,9 @@ class DeepMemory(nn.Module):
         depth, expansion: layers, and the width between them over dim.
         activation: "silu" or "gelu", between layers.
         residual: M(x) = x + (1 + gain) ⊙ LayerNorm(the network), where the gain is a weight that is written too.
+        max_grad_norm: m; a token's gradient g, of all weights together, becomes g / √(1 + |g|²/m²). From two layers on
+            g grows with the cube of the weights or faster: unbounded, and taken at weights that were written before,
+            it outgrows every number within a few chunks of too long steps.
     """
 
     def __init__(
@@ -54,16 +58,20 @@ class DeepMemory(nn.Module):
         expansion: float = 2.0,
         activation: Literal["silu", "gelu"] = "silu",
         residual: bool = False,
+        max_grad_norm: float = math.inf,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         if activation not in ("silu", "gelu"):
             raise ValueError(f"activation must be 'silu' or 'gelu', got {activation!r}")
+        if not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be more than 0, got {max_grad_norm}")
         hidden = int(expansion * dim)
         if hidden < 1:
             raise ValueError(f"expansion must leave at least one channel of {dim}, got {expansion}")
         self.heads, self.depth, self.activation, self.residual = heads, depth, activation, residual
+        self.max_grad_norm = max_grad_norm
         widths = [dim, *[hidden] * (depth - 1), dim]
         matrices = [torch.empty(heads, a, b) for a, b in pairwise(widths)]
         for matrix in matrices:
@@ -123,18 +131,23 @@ class DeepMemory(nn.Module):
         if self.residual:
             normed, scale = _normed(y)
             grown = 1 + anchor[-1]
-            d = -2 * rate * (k + normed * grown - v)
+            d = -2 * (k + normed * grown - v)
             inputs.append(torch.ones_like(k[..., :1]))
             last = [d * normed]
             d = d * grown
             d = scale * (d - d.mean(-1, keepdim=True) - normed * (d * normed).mean(-1, keepdim=True))
         else:
-            d, last = -2 * rate * (y - v), []
+            d, last = -2 * (y - v), []
         found = [d]
         for i in reversed(range(1, self.depth)):
             d = (d @ anchor[i].mT) * slopes[i - 1]
             found.append(d)
-        return list(zip(inputs, found[::-1] + last, strict=True))
+        pairs = list(zip(inputs, found[::-1] + last, strict=True))
+        if self.max_grad_norm < math.inf:
+            # |aᵀδ| = |a| |δ|. Smooth in g, and without a root of zero for backward to divide by.
+            squares = [a.square().sum(-1, keepdim=True) * d.square().sum(-1, keepdim=True) for a, d in pairs]
+            rate = rate * (1 + torch.stack(squares).sum(0) / self.max_grad_norm**2).rsqrt()
+        return [(a, d * rate) for a, d in pairs]
 
     def step(
         self,

@@ -56,7 +56,7 @@ class NeuralMemory(Mechanism):
     """A network M per head that learns, token by token, to map the keys of a text to its values (Titans' LMM).
 
         q, k, v = silu(conv(W x)), q and k of unit length      θ, η, α = σ(Wr x) per head, θ times max_rate
-        S_t = η_t S_{t−1} − θ_t ∇|M(k_t) − v_t|²               surprise, with momentum
+        g_t = ∇|M(k_t) − v_t|²,  S_t = η_t S_{t−1} − θ_t g_t / √(1 + |g_t|²/m²)     surprise, with momentum
         M_t = (1 − α_t) M_{t−1} + S_t                          and forgetting
         y_t = Wo (RMSNorm(M_t(q_t)) ⊙ σ(Wg x_t))
 
@@ -70,6 +70,9 @@ class NeuralMemory(Mechanism):
         depth, expansion: M's layers, and the width between them over D. depth=1 is a matrix, as in the delta rule.
         chunk: tokens whose gradients are taken at the same weights. Larger is faster, and learns less from each token.
         max_rate: the largest θ; 1/chunk if None, as a chunk of equal keys overshoots beyond (1 − η)/chunk.
+        max_grad_norm: m; √D if None, math.inf for the paper's equation, with which an M of two layers explodes once its
+            steps are too long. It bounds M, not backward through it: over thousands of tokens of such steps gradients
+            can still grow large.
         momentum: False for η = 0.
         residual: M has a residual and a norm, see `DeepMemory`.
         conv: taps of the short convolutions after the projections; None for none.
@@ -87,6 +90,7 @@ class NeuralMemory(Mechanism):
         expansion: float = 2.0,
         chunk: int = 16,
         max_rate: float | None = None,
+        max_grad_norm: float | None = None,
         momentum: bool = True,
         residual: bool = False,
         conv: int | None = 4,
@@ -105,7 +109,10 @@ class NeuralMemory(Mechanism):
         self.wkv = nn.Linear(dim, 2 * inner, bias=False)
         self.conv_q = None if conv is None else ShortConv(inner, conv)
         self.conv_kv = None if conv is None else ShortConv(2 * inner, conv)
-        self.memory = DeepMemory(heads, self.head_dim, depth=depth, expansion=expansion, residual=residual)
+        bound = self.head_dim**0.5 if max_grad_norm is None else max_grad_norm
+        self.memory = DeepMemory(
+            heads, self.head_dim, depth=depth, expansion=expansion, residual=residual, max_grad_norm=bound
+        )
         self.rates = nn.Linear(dim, (3 if momentum else 2) * heads)
         self.norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
         self.gate = nn.Linear(dim, inner, bias=False)
