@@ -1,7 +1,7 @@
 """Every mixer of maps in one pyramid at equal parameters: accuracy against measured latency and counted FLOPs.
 
     python benchmarks/mixer_study.py [--steps 150] [--out runs/mixers.json] [--skip-training] [--skip-latency]
-                                     [--only focal,neighborhood] [--write docs/mixer_study.md]
+                                     [--only focal,neighborhood] [--write PAGE.md]
 
 The same two-stage pyramid (32 and 64 channels, two blocks each, patches of 4) around each registered mechanism of maps
 or of token grids, as its card samples it; the MLPs' width makes up for what the mixer takes, so that all have the same
