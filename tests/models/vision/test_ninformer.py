@@ -1,4 +1,4 @@
-"""NiNformer: the sheet of its parameters, one norm for two, timm's mixer block as a peer, what the gate keeps."""
+"""NiNformer: its parameters, one norm for two, timm's mixer block as a peer, what the gate keeps."""
 
 import pytest
 import torch
