@@ -29,7 +29,8 @@ def influence(mechanism: str, layout: str = "", *, length: int = 64, width: int 
 
         influence[i, j] = ‖∂(w · y_i) / ∂x_j‖ / the largest of the row, so in [0, 1]; w random
 
-    It needs nothing but the mechanism's forward: patterns, routes, states and convolutions all show.
+    It needs nothing but the mechanism's forward: patterns, routes, states and convolutions all show. Parameters that
+    start at zero are given small random numbers first.
     """
     layout = layout or layout_of(cards.describe(mechanism))
     with torch.random.fork_rng(devices=[]):

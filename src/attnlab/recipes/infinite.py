@@ -62,7 +62,6 @@ class InTorch(nn.Module):
         name="infsa_convert",
         title="Self-Attention And Beyond the Infinite: Towards Linear Transformers with Infinite Self-Attention",
         paper="2603.00175",
-        system="infsa",
         family="linear",
         kind=RECIPE,
         cost="N",

@@ -214,7 +214,6 @@ def _with_response(mask: Tensor, response: int) -> Tensor:
         name="longmamba",
         title="LongMamba: Enhancing Mamba's Long Context Capabilities via Training-Free Receptive Field Enlargement",
         paper="2504.16053",
-        system="longmamba",
         family="linear",
         kind=RECIPE,
     )

@@ -57,7 +57,6 @@ def lane_block(block: TokenBlock, x: Tensor, lanes: Tensor, prefix: Tensor | Non
         name="multilane",
         title="Less is more: Summarizing Patch Tokens for efficient Multi-Label Class-Incremental Learning",
         paper="",
-        system="multilane",
         family="prompting",
         kind=RECIPE,
         cost="N² + T S N",

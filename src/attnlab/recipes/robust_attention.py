@@ -20,7 +20,6 @@ from attnlab.nn.spatial.token_pooling import TokenPooling
         name="adl",
         title="Robustifying Token Attention for Vision Transformers",
         paper="2303.11126",
-        system="tap_adl",
         family="loss",
         kind=RECIPE,
         cost="N²",

@@ -30,7 +30,6 @@ SIZES = {
         name="mamba_lm",
         title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
         paper="2312.00752",
-        system="longmamba",
         family="language",
         kind=LM,
         capabilities=CAUSAL_SELF | ANY_LENGTH | STREAMING,

@@ -94,7 +94,6 @@ class SharedLayer(nn.Module):
         name="zamba2",
         title="The Zamba2 Suite: Technical Report",
         paper="2411.15242",
-        system="longmamba",
         family="language",
         kind=LM,
         capabilities=CAUSAL_SELF | ANY_LENGTH | STREAMING,

@@ -17,7 +17,6 @@ __all__ = ["Decoded", "PointerNetwork", "permutation", "unused"]
         name="pointer_network",
         title="Pointer Networks",
         paper="1506.03134",
-        system="ptrnet",
         family="cross",
         kind=OPERATOR,
         cost="M N",

@@ -49,7 +49,6 @@ class Covariates(nn.Module):
         name="tsm2",
         title="MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",
         paper="2403.19888",
-        system="mambamixer",
         family="linear",
         kind=OPERATOR,
         cost="M T",

@@ -23,7 +23,6 @@ SIZES = {
         name="infvit",
         title="Self-Attention And Beyond the Infinite: Towards Linear Transformers with Infinite Self-Attention",
         paper="2603.00175",
-        system="infsa",
         family="linear",
         kind=BACKBONE,
         cost="N",

@@ -35,7 +35,6 @@ SIZES = {
         name="transnext",
         title="TransNeXt: Robust Foveal Visual Perception for Vision Transformers",
         paper="2311.17132",
-        system="transnext",
         family="spatial",
         kind=BACKBONE,
         capabilities=ANY_GRID,

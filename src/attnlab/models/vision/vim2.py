@@ -85,7 +85,6 @@ class OnMap(nn.Module):
         name="vim2",
         title="MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",
         paper="2403.19888",
-        system="mambamixer",
         family="linear",
         kind=BACKBONE,
         cost="N",

@@ -70,7 +70,6 @@ class Selective(Mechanism):
         name="mamba",
         title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
         paper="2312.00752",
-        system="longmamba",
         family="linear",
         kind=TOKENS,
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,
@@ -165,7 +164,6 @@ class Mamba(Selective):
         title="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
         "Duality",
         paper="2405.21060",
-        system="longmamba",
         family="linear",
         kind=TOKENS,
         capabilities=CAUSAL_SELF | STREAMING | ANY_LENGTH,

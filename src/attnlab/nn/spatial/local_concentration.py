@@ -13,7 +13,6 @@ from attnlab.cards import ANY_GRID, FEATURES, Card, register
         name="local_concentration",
         title="The Linear Attention Resurrection in Vision Transformer",
         paper="2501.16182",
-        system="l2vit",
         family="spatial",
         kind=FEATURES,
         capabilities=ANY_GRID,
