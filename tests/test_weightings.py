@@ -10,14 +10,15 @@ from torch import Tensor
 
 from attnlab import attend
 from attnlab.patterns import Causal, Explicit, Window
-from attnlab.weightings import Affine, Elementwise, Linear, Relu, Sigmoid, Softmax, Weighting, weighting
+from attnlab.weightings import Affine, Elementwise, Elu, Linear, Relu, Sigmoid, Softmax, Weighting, weighting
 
-SIMPLE = [Sigmoid(), Sigmoid(-1.5), Relu(), Relu(2), Linear()]
+SIMPLE = [Sigmoid(), Sigmoid(-1.5), Relu(), Relu(2), Elu(), Linear()]
 FORMULAS = {
     Sigmoid(): lambda s, n: 1 / (1 + n * math.exp(-s)),  # σ(s − log n)
     Sigmoid(-1.5): lambda s, n: 1 / (1 + math.exp(1.5 - s)),
     Relu(): lambda s, n: max(s, 0.0) / n,
     Relu(2): lambda s, n: max(s, 0.0) ** 2 / n,
+    Elu(): lambda s, n: s + 1 if s > 0 else math.exp(s),
     Linear(): lambda s, n: s,
 }
 

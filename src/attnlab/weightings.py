@@ -96,6 +96,17 @@ class Relu(Elementwise):
 
 
 @dataclass(frozen=True)
+class Elu(Elementwise):
+    """w = elu(s) + 1, never negative: exp(s) below zero, s + 1 above (arXiv 2410.10781). Rows do not sum to one."""
+
+    def apply(self, scores: Tensor, keys: int) -> Tensor:
+        return torch.nn.functional.elu(scores).add_(1.0)
+
+    def derivative(self, scores: Tensor, weights: Tensor, keys: int) -> Tensor:
+        return weights.clamp_max(1.0)
+
+
+@dataclass(frozen=True)
 class Linear(Elementwise):
     """w = s: the bare scores, with no weighting function at all."""
 
