@@ -7,10 +7,9 @@
 Everything is imported at first use, so `import attnlab` costs next to nothing over torch.
 """
 
-import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from attnlab.lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -39,6 +38,8 @@ _MODULES = (
     "recipes",
     "hub",
     "arena",
+    "lens",
+    "scale",
 )
 
 __all__ = ["__version__", *_HOME, *_MODULES]
@@ -57,28 +58,4 @@ if TYPE_CHECKING:
     from attnlab.statistics import statistics as statistics
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
-    elif name in _MODULES:
-        value = import_module(f"attnlab.{name}")
-    else:
-        raise AttributeError(f"module 'attnlab' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-class _Package(ModuleType):
-    """This package, in which a function wins over the module of the same name that holds it (attend, scan)."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the module attnlab.attend would otherwise put it where the function is expected.
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+lazily(__name__, _HOME, _MODULES)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from attnlab.merging import merge
 from attnlab.patterns import Causal, Full, Pattern
@@ -76,6 +77,13 @@ def attend(
     Raises:
         ValueError, TypeError: naming the argument, what came and what is wanted.
     """
+    # As torch's own functions do, so that a TorchFunctionMode sees the call as what it is.
+    if has_torch_function((q, k, v)):
+        itself: Any = attend
+        return handle_torch_function(
+            itself, (q, k, v), q, k, v, pattern=pattern, route=route, weighting=weighting, bias=bias, scale=scale,
+            dropout=dropout, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     # The plain and the plainly causal case go straight to torch: a planner's microseconds show on small inputs.
     # What is not well formed goes on to `pose`, which says why.
     if (

@@ -138,7 +138,7 @@ class Entry:
 
 _entries: dict[str, Entry] = {}
 _loaded = False
-_HOMES = ("attnlab.nn", "attnlab.models", "attnlab.recipes")
+_HOMES = ("attnlab.nn", "attnlab.models", "attnlab.recipes", "attnlab.lens")
 
 
 def register(card: Card) -> Callable[[T], T]:

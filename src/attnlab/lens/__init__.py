@@ -1,1 +1,20 @@
-"""Looking inside: what attention does, in numbers and pictures. May import models and what lies below them."""
+"""Looking inside and steering: what the attention of any model does, in numbers and pictures, and what it does instead.
+
+May import models and what lies below them. Names come at first use.
+"""
+
+from attnlab.lazy import lazily
+
+_HOME = {
+    "Event": "attnlab.lens.event",
+    "Subscriber": "attnlab.lens.tap",
+    "Tap": "attnlab.lens.tap",
+    "tap": "attnlab.lens.tap",
+    "Edit": "attnlab.lens.steer",
+    "steer": "attnlab.lens.steer",
+}
+
+__all__ = [*_HOME]
+
+
+lazily(__name__, _HOME)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from attnlab.patterns import Pattern
 from attnlab.problem import Bias
@@ -35,6 +36,10 @@ def attend_one(
         `(B, H, 1, Dv)`.
     """
     q, k, v = parts[0]
+    if has_torch_function((q, k, v)):
+        return handle_torch_function(
+            attend_one, (q, k, v), parts, scale=scale, weighting=weighting, bias=bias, at=at, dropout=dropout
+        )
     if len(parts) == 1 and bias is None and weighting == SOFTMAX:
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

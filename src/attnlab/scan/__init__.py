@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from attnlab.scan import fla
 from attnlab.scan.chunked import chunked
@@ -67,6 +68,11 @@ def scan(
         Outputs (B, H, N, Dv) in v's dtype and the state in the dtype of the accumulation: float32, or float64 for
         float64 inputs. Cost O(N · (chunk·(Dk + Dv) + Dk·Dv)) per head.
     """
+    if has_torch_function((q, k, v)):
+        return handle_torch_function(
+            scan, (q, k, v), q, k, v, decay=decay, beta=beta, scale=scale, state=state, cu_seqlens=cu_seqlens,
+            chunk=chunk, backend=backend,
+        )  # fmt: skip
     _check(q, k, v, decay, beta, state, chunk, backend)
     bounds = None if cu_seqlens is None else _bounds(cu_seqlens, q)
     batch, heads, length, width = *v.shape[:3], q.shape[-1]

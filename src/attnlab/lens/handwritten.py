@@ -1,0 +1,54 @@
+"""Finds attention computed by hand, which the tap cannot see: a softmax whose result multiplies a matrix."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
+_PRODUCT = {torch.matmul, torch.bmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.baddbmm}
+
+
+class HandWritten:
+    """Follows the results of softmax through dropout and casts to a product; `found` is the module where one was."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.found = ""
+        self._weights: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+
+    def follow(self, func: Any, args: tuple[Any, ...], result: Any, name: str) -> None:
+        if func in _SOFTMAX:
+            if isinstance(result, Tensor) and result.dim() >= 3:
+                self._weights[id(result)] = weakref.ref(result), name
+            return
+        if not self._weights or self.found:
+            return
+        for arg in args:
+            alive, where = self._weights.get(id(arg), (None, ""))
+            if alive is None or alive() is not arg:
+                continue
+            if func in _PRODUCT:
+                self.found = where
+            elif isinstance(result, Tensor) and isinstance(arg, Tensor) and result.shape == arg.shape:
+                self._weights[id(result)] = weakref.ref(result), where
+            return
+
+
+def remedy(model: nn.Module, name: str) -> str:
+    """One line that makes the module call torch's attention instead."""
+    module = model.get_submodule(name)
+    home = type(module).__module__.split(".")[0]
+    if hasattr(module, "fused_attn"):
+        return "set its `fused_attn = True` (timm: `timm.layers.set_fused_attn(True)` before the model is built)"
+    if home == "transformers":
+        return 'call `model.set_attn_implementation("sdpa")`'
+    if home == "diffusers":
+        return "call `model.set_attn_processor(AttnProcessor2_0())`"
+    return "let it call torch.nn.functional.scaled_dot_product_attention"
