@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -95,6 +95,7 @@ class _Thread(threading.local):
         self.calls: Counter[tuple[str, bool]] = Counter()
         self.step = 0
         self.seen = 0
+        self.aside: Collection[Subscriber] | None = None  # who alone sees a run that is no pass of the model
         self.by_hand = HandWritten()
 
 
@@ -181,7 +182,7 @@ class Tap:
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             here = self._thread
-            if module is self.model and all(f.module is not module for f in here.frames):
+            if here.aside is None and module is self.model and all(f.module is not module for f in here.frames):
                 here.step, here.seen = next(self._steps), 0
                 here.calls.clear()
                 here.by_hand.clear()
@@ -206,7 +207,7 @@ class Tap:
     def _passed(self, module: nn.Module, arguments: Any, output: Any) -> None:
         """A pass has ended well: say so, unless what was asked for was not there."""
         here = self._thread
-        if sum(f.module is module for f in here.frames) > 1:
+        if here.aside is not None or sum(f.module is module for f in here.frames) > 1:
             return
         found = here.by_hand.found
         if not here.seen:
@@ -250,7 +251,7 @@ class Tap:
         here.calls[event.name, event.recomputed] += 1
         expected = self.expected if any(s.where.counts_back for s in self.subscribers) else self.names
         active = [
-            s for s in self.subscribers
+            s for s in (self.subscribers if here.aside is None else here.aside)
             if s.where.step(event.step) and s.where.layer(event, expected) and s.wants(event)
         ]  # fmt: skip
         for s in active:
@@ -380,6 +381,25 @@ def _shut(opened: Tap) -> None:
         with _lock:
             for module in [m for m, t in _taps.items() if t is opened]:
                 del _taps[module]
+
+
+@contextmanager
+def aside(model: nn.Module, *subscribers: Subscriber) -> Iterator[None]:
+    """Runs of `model` within, or of a part of it, are no passes of it: only `subscribers` see their calls.
+
+    For what an edit runs for its own sake: a measurement, the stream of another prompt. Without a tap, nothing.
+    """
+    there = _taps.get(model)
+    if there is None:
+        yield
+        return
+    here = there._thread
+    before = here.aside, here.calls, here.seen
+    here.aside, here.calls = subscribers, Counter()
+    try:
+        yield
+    finally:
+        here.aside, here.calls, here.seen = before
 
 
 def join(model: nn.Module, *subscribers: Subscriber) -> Callable[[], None]:
