@@ -367,16 +367,31 @@ def test_what_does_not_fit_is_named_with_what_came_and_what_is_wanted(name):
             explain(*arguments, **keywords)
 
 
-def test_torchs_function_is_called_directly_in_the_plain_case():
+def test_torchs_function_is_called_directly_in_the_plain_case(monkeypatch):
+    calls = []
+    function = F.scaled_dot_product_attention
+
+    def seen(*args, **kwargs):
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr("attnlab.planner.run", None)  # which would make a plan
+    attend(Q, Q, Q)
+    attend(Q, Q, Q, pattern=Causal())
+    assert [c.get("is_causal") for c in calls] == [False, True]
+
+
+def test_a_function_mode_sees_the_call_as_one():
     calls = []
 
     class Seen(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is F.scaled_dot_product_attention:
-                calls.append(kwargs or {})
+            calls.append(func)
             return func(*args, **(kwargs or {}))
 
     with Seen():
-        attend(Q, Q, Q)
-        attend(Q, Q, Q, pattern=Causal())
-    assert [c.get("is_causal") for c in calls] == [False, True]
+        out = attend(Q, Q, Q, pattern=Window(4))
+    assert calls == [attend]
+    assert torch.equal(out, attend(Q, Q, Q, pattern=Window(4)))
+

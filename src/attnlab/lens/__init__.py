@@ -7,7 +7,7 @@ from attnlab.lazy import lazily
 
 _HOME = {
     "Event": "attnlab.lens.event",
-    "Subscriber": "attnlab.lens.tap",
+    "Subscriber": "attnlab.lens.subscriber",
     "Tap": "attnlab.lens.tap",
     "tap": "attnlab.lens.tap",
     "Edit": "attnlab.lens.steer",

@@ -20,7 +20,7 @@ class HandWritten:
         self.clear()
 
     def clear(self) -> None:
-        self.found = ""
+        self.found: str | None = None
         self._weights: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
     def follow(self, func: Any, args: tuple[Any, ...], result: Any, name: str) -> None:
@@ -28,7 +28,7 @@ class HandWritten:
             if isinstance(result, Tensor) and result.dim() >= 3:
                 self._weights[id(result)] = weakref.ref(result), name
             return
-        if not self._weights or self.found:
+        if not self._weights or self.found is not None:
             return
         for arg in args:
             alive, where = self._weights.get(id(arg), (None, ""))
@@ -41,8 +41,14 @@ class HandWritten:
             return
 
 
-def remedy(model: nn.Module, name: str) -> str:
-    """One line that makes the module call torch's attention instead."""
+def complaint(model: nn.Module, name: str) -> str:
+    """What is said of the module `name`, which computes attention by hand, with the one line that helps."""
+    return (
+        f"{name or type(model).__name__} computes its softmax by hand, out of the tap's sight: {_remedy(model, name)}"
+    )
+
+
+def _remedy(model: nn.Module, name: str) -> str:
     module = model.get_submodule(name)
     home = type(module).__module__.split(".")[0]
     if hasattr(module, "fused_attn"):

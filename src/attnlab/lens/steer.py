@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.lens.event import Event
-from attnlab.lens.tap import Subscriber, join
+from attnlab.lens.subscriber import Subscriber
+from attnlab.lens.tap import join
 from attnlab.lens.where import Choice, Layers, Where
 
 
@@ -35,7 +36,7 @@ class Edit(Subscriber):
 
 
 @contextmanager
-def steer(model: nn.Module, edits: Edit | Sequence[Edit]) -> Iterator[None]:
+def steer(model: nn.Module, edits: Subscriber | Sequence[Subscriber]) -> Iterator[None]:
     """Let `edits` change the attention of `model`, in order, for as long as the block runs.
 
     Within each call all edits of scores come first, in their order, then those of weights, then those of outputs.

@@ -8,10 +8,10 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,60 +21,12 @@ from torch.overrides import TorchFunctionMode
 from attnlab.attend import attend
 from attnlab.lens import calls
 from attnlab.lens.event import Event
-from attnlab.lens.handwritten import HandWritten, remedy
-from attnlab.lens.where import Where
+from attnlab.lens.handwritten import HandWritten, complaint
+from attnlab.lens.subscriber import Handle, Subscriber
 from attnlab.nn.decode import attend_one
 from attnlab.scan import scan
 
-
-class Handle(Protocol):
-    def remove(self) -> None: ...
-
-
-class Subscriber:
-    """Somebody at the tap: override what you need.
-
-    `scores` and `weights`, where overridden, make a call be computed by hand, with all its scores in memory; else it
-    runs as fused as the model made it. Of several subscribers, each step is done by all before the next step comes:
-    before, scores, weights, output, after.
-    """
-
-    where = Where()
-
-    def open(self, model: nn.Module) -> Iterable[Handle]:
-        """Put hooks of one's own into the model; the tap removes them."""
-        return ()
-
-    def close(self) -> None:
-        """The tap is closed, or this subscriber has left it."""
-
-    def start(self, step: int) -> None:
-        """A pass over the model begins."""
-
-    def finish(self, step: int) -> None:
-        """A pass over the model has ended well."""
-
-    def wants(self, event: Event) -> bool:
-        """Whether the other methods are called for this event, beyond what `where` says."""
-        return True
-
-    def before(self, event: Event) -> None:
-        """Replace what is attended: q, k, v, mask, pattern, scale."""
-
-    def scores(self, event: Event, scores: Tensor) -> Tensor:
-        """The scores `(B, H, Nq, Nk)` to go on with; −∞ where a query may not look."""
-        return scores
-
-    def weights(self, event: Event, weights: Tensor) -> Tensor:
-        """The weights `(B, H, Nq, Nk)` to go on with."""
-        return weights
-
-    def output(self, event: Event, out: Tensor) -> Tensor:
-        """The heads' outputs `(B, H, Nq, Dv)` to go on with, before the output projection."""
-        return out
-
-    def after(self, event: Event, out: Tensor) -> None:
-        """The call is done, all edits included."""
+__all__ = ["Subscriber", "Tap", "join", "tap"]
 
 
 class Frame(NamedTuple):
@@ -95,7 +47,7 @@ class _Thread(threading.local):
         self.calls: Counter[tuple[str, bool]] = Counter()
         self.step = 0
         self.seen = 0
-        self.aside: Collection[Subscriber] | None = None  # who alone sees a run that is no pass of the model
+        self.aside: Collection[Subscriber] | None = None  # who alone sees a run that is no pass of the model (`aside`)
         self.by_hand = HandWritten()
 
 
@@ -210,21 +162,16 @@ class Tap:
         if here.aside is not None or sum(f.module is module for f in here.frames) > 1:
             return
         found = here.by_hand.found
-        if not here.seen:
-            if found:
-                raise ValueError(
-                    f"{found} computes its softmax by hand, out of the tap's sight: {remedy(self.model, found)}"
-                )
+        if not here.seen and found is None:
             raise ValueError(
                 f"{type(self.model).__name__} made no attention call: the tap sees scaled_dot_product_attention, "
                 "multi_head_attention_forward, attnlab's attend and scan"
             )
-        if found and found not in self._warned:
+        if found is not None and not here.seen:
+            raise ValueError(complaint(self.model, found))
+        if found is not None and found not in self._warned:
             self._warned.add(found)
-            warnings.warn(
-                f"{found} computes its softmax by hand, out of the tap's sight: {remedy(self.model, found)}",
-                stacklevel=2,
-            )
+            warnings.warn(complaint(self.model, found), stacklevel=2)
         if any(s.where.counts_back for s in self.subscribers) and self.expected != self.names:
             _known[self.model] = list(self.names)
             raise ValueError(
@@ -337,7 +284,7 @@ _TAKES: dict[Any, Callable[..., Any]] = {
 
 def _attends(module: nn.Module) -> bool:
     """Whether the class of a module, and of none within it, is called an attention."""
-    called = re.compile("attention|attn", re.IGNORECASE)
+    called = re.compile("atten|attn", re.IGNORECASE)
     named = [bool(called.search(type(m).__name__)) for m in module.modules()]
     return named[0] and not any(named[1:])
 
@@ -381,25 +328,6 @@ def _shut(opened: Tap) -> None:
         with _lock:
             for module in [m for m, t in _taps.items() if t is opened]:
                 del _taps[module]
-
-
-@contextmanager
-def aside(model: nn.Module, *subscribers: Subscriber) -> Iterator[None]:
-    """Runs of `model` within, or of a part of it, are no passes of it: only `subscribers` see their calls.
-
-    For what an edit runs for its own sake: a measurement, the stream of another prompt. Without a tap, nothing.
-    """
-    there = _taps.get(model)
-    if there is None:
-        yield
-        return
-    here = there._thread
-    before = here.aside, here.calls, here.seen
-    here.aside, here.calls = subscribers, Counter()
-    try:
-        yield
-    finally:
-        here.aside, here.calls, here.seen = before
 
 
 def join(model: nn.Module, *subscribers: Subscriber) -> Callable[[], None]:
