@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnlab.hub.official import official
-from attnlab.lens.edits.concentric import ConcentricCausal, positions, rings
+from attnlab.lens.edits.concentric import ConcentricCausal, place, rings
 
 
 @official("xing0047/cca-llava", "cca_forward")
@@ -28,7 +28,7 @@ class Concentric:
         allowed = ConcentricCausal(start, module).matrix(length)
         return {
             "concentric_grid": rings(*module),
-            "position_ids": positions(length, start, module),
+            "position_ids": place(torch.arange(length), start, module),
             "allowed_packed": torch.from_numpy(numpy.packbits(allowed.numpy(), axis=1)),
             "allowed_per_query": allowed.sum(1),
         }

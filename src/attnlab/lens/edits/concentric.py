@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from attnlab.cards import LENS, Card, register
+from attnlab.lens.aside import shown
+from attnlab.lens.edits.decoder import DecoderEdit, cached, taken
+from attnlab.lens.tap import Handle
 from attnlab.patterns import Pattern
 
 
@@ -29,16 +36,14 @@ def depth(grid: tuple[int, int]) -> int:
     return (min(grid) + 1) // 2
 
 
-def positions(length: int, start: int, grid: tuple[int, int], *, offset: int = 0) -> Tensor:
-    """Positions `(length)` of the tokens from `offset` on, of a text whose image begins at `start`, row-major.
+def place(at: Tensor, start: int | Tensor, grid: tuple[int, int]) -> Tensor:
+    """Positions of the tokens that come `at`-th in a text whose image begins at `start`, row-major: the shape of `at`.
 
-        text before: 0, 1, …, start − 1;  image: start + ring;  text after: start + R, start + R + 1, …
+        text before: at;  image: start + ring;  text after: at − V + R               V = height · width, R = `depth`
 
-    R = `depth(grid)`. A token decoded after L others (V of them the image) stands at L − V + R, not at L.
+    So a token decoded after L others stands at L − V + R, not at L.
     """
-    at = torch.arange(offset, offset + length)
-    size = math.prod(grid)
-    ring = rings(*grid).flatten()
+    size, ring = math.prod(grid), rings(*grid, device=at.device).flatten()
     within = start + ring[(at - start).clamp(0, size - 1)]
     return torch.where(at < start, at, torch.where(at < start + size, within, at - size + depth(grid)))
 
@@ -63,3 +68,92 @@ class ConcentricCausal(Pattern):
         inside = (i >= 0) & (i < len(ring)) & (j >= 0) & (j < len(ring))
         last = len(ring) - 1
         return torch.where(inside, ring[j.clamp(0, last)] <= ring[i.clamp(0, last)], k <= q)
+
+
+_NEVER = 2**40  # a beginning that no prompt reaches
+
+
+@register(
+    Card(
+        name="concentric_positions",
+        title="Mitigating Object Hallucination via Concentric Causal Attention",
+        paper="2410.15926",
+        system="cca",
+        family="edit",
+        kind=LENS,
+        cost="a dense mask while the prompt passes",
+    )
+)
+class ConcentricPositions(DecoderEdit):
+    """Image tokens at most R positions from the text, and seeing one another ring by ring: for `lens.steer`.
+
+        positions: `place`;  visibility: `ConcentricCausal`             in all layers, R = half the grid's shorter side
+
+    The decoder is called with these `position_ids` and, while the prompt passes, with the mask as an additive
+    `(B, 1, T, T)`. It is a scheme to train with (steer the training too); a model trained on raster positions is not
+    used to it. One image per prompt, all of it in the first pass; prompts without an image are as they were, padding
+    may stand on the left. No parameters, no cost in decoding. Where a model has several axes of positions (Qwen2-VL),
+    all of them get these. For attnlab's own decoders there are `ConcentricCausal` and `Rotary.turn_to(x, place(…))`.
+    Source: arXiv 2410.15926.
+
+    Args:
+        grid: height and width of the image in tokens.
+        image: see `DecoderEdit`.
+    """
+
+    def __init__(self, grid: tuple[int, int], image: Tensor | None = None) -> None:
+        super().__init__(image)
+        rings(*grid)  # refuses what is no grid
+        self.grid = (int(grid[0]), int(grid[1]))
+        self.begin: Tensor | None = None  # of each prompt's image
+
+    def open(self, model: nn.Module) -> Iterable[Handle]:
+        handles = list(super().open(model))
+        if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
+            for handle in handles:
+                handle.remove()
+            raise ValueError(f"{type(self.decoder).__name__} takes no position_ids")
+        return [*handles, self.decoder.register_forward_pre_hook(self._placed, with_kwargs=True)]
+
+    def _placed(self, decoder: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if not shown(decoder, self):
+            return None
+        x = taken(decoder, arguments, keywords)
+        padding, before = keywords.get("attention_mask"), cached(keywords)
+        if padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2):
+            raise ValueError("attention_mask must be (B, T), the padding alone: the rest of the mask is set here")
+        batch, new = x.shape[:2]
+        total = before + new
+        at = torch.arange(total, device=x.device).expand(batch, -1)
+        if padding is not None:
+            at = (padding.long().cumsum(-1) - 1).clamp_min(0)
+        if before == 0:
+            self.begin = self._starts(batch, total, x.device)
+        elif self.begin is None:
+            raise ValueError("the prompt went by before its image was looked for; steer from its start")
+        index = torch.arange(total, device=x.device).expand(batch, -1)
+        first = self.begin.clamp_max(total - 1)
+        start = torch.where(self.begin < total, at.gather(1, first), _NEVER)
+        positions = place(at, start, self.grid)
+        changed: dict[str, Any] = {"position_ids": positions[:, before:]}
+        if before == 0:
+            seen = ConcentricCausal(0, self.grid).allows(
+                x.new_zeros(()), x.new_zeros(()), (index - self.begin)[:, :, None], (index - self.begin)[:, None]
+            )
+            if padding is not None:
+                seen = seen & padding.bool()[:, None]
+            closed = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+            changed["attention_mask"] = closed[:, None]
+        return arguments, {**keywords, **changed}
+
+    def _starts(self, batch: int, total: int, device: torch.device) -> Tensor:
+        """Where the image begins in each prompt, `(B, 1)`; `_NEVER` where there is none."""
+        image, size = self.image_keys(total).to(device), math.prod(self.grid)
+        image = image.expand(batch, -1)
+        count, start = image.sum(-1, keepdim=True), image.long().argmax(-1, keepdim=True)
+        index = torch.arange(total, device=device)
+        run = (index >= start) & (index < start + size)
+        if bool(((count > 0) & ((count != size) | (run != image).any(-1, keepdim=True))).any()):
+            shape = f"{self.grid[0]} × {self.grid[1]} = {size}"
+            raise ValueError(f"a prompt must hold one image of {shape} tokens in a row; image marks {count.tolist()}")
+        return torch.where(count > 0, start, _NEVER)

@@ -4,10 +4,17 @@ Attention)."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from attnlab.cards import LENS, Card, register
+from attnlab.lens.edits.decoder import DecoderEdit
+from attnlab.lens.event import Event
+from attnlab.lens.tap import Handle
+from attnlab.lens.where import Choice
 
 
 class Patches(NamedTuple):
@@ -101,6 +108,96 @@ def guided(conditional: Tensor, unconditional: Tensor, *, guidance: float = 1.1,
     s, u = conditional.log_softmax(-1), unconditional.log_softmax(-1)
     likely = s >= math.log(cutoff) + s.amax(-1, keepdim=True)
     return (guidance * (s - u) + u).masked_fill(~likely, -torch.inf)
+
+
+def placed(patches: Tensor, image: Tensor) -> Tensor:
+    """Marks of an image's n patches, bool `(n)`, as marks of the tokens of a prompt whose `image (T)` they are."""
+    if image.dim() != 1 or int(image.sum()) != len(patches):
+        raise ValueError(f"image must be bool (T) with {len(patches)} tokens of the image, got {tuple(image.shape)}")
+    tokens = torch.zeros_like(image)
+    tokens[image] = patches.to(image.device)
+    return tokens
+
+
+class ImageAttention(DecoderEdit):
+    """Changes nothing: measures how much of the last query's attention each head of a decoder gives to the image.
+
+    `sensitivity()` is `(L, H)`, the mean over the passes and samples seen: what `EmphasiseTokens` varies its strengths
+    by.
+    """
+
+    def open(self, model: nn.Module) -> Iterable[Handle]:
+        self.sums: dict[int, Tensor] = {}
+        self.counts: dict[int, int] = {}
+        return super().open(model)
+
+    def after(self, event: Event, out: Tensor) -> None:
+        depth, row = self.depth(event), event.weights()[:, :, -1]
+        mass = (row * self.image_keys(row.shape[-1]).reshape(-1, 1, row.shape[-1])).sum(-1)
+        self.sums[depth] = self.sums.get(depth, torch.zeros_like(mass[0])) + mass.detach().sum(0)
+        self.counts[depth] = self.counts.get(depth, 0) + len(mass)
+
+    def sensitivity(self) -> Tensor:
+        if not self.sums:
+            raise ValueError("nothing has been measured yet")
+        return torch.stack([self.sums[i] / self.counts[i] for i in sorted(self.sums)])
+
+
+@register(
+    Card(
+        name="emphasise_tokens",
+        title="Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large Vision-Language Model",
+        paper="2501.12206",
+        system="fixattn",
+        family="edit",
+        kind=LENS,
+        cost="N² scores by hand in the edited layers",
+    )
+)
+class EmphasiseTokens(DecoderEdit):
+    """The token being written looks harder at the informative patches of the image: for `lens.steer`.
+
+        e_j ← e_j + alpha |e_j| for j in top,  e_j ← e_j + beta |e_j| for j in bottom         (`emphasise`)
+
+    In each pass the last query alone changes: of a prompt its last token, of a decoding step the new one. No
+    parameters, no extra pass; the scores `(B, H, Nq, Nk)` of the edited layers are computed by hand. `ImageGuidance`
+    adds the classifier-free logits. Source: arXiv 2501.12206.
+
+    Args:
+        top, bottom: tokens of the prompt, bool `(T)` or `(B, T)`: `informative_patches` finds the image's, `placed`
+            puts them into the prompt. With `top=image` and no bottom this is PAI.
+        alpha, beta: strengths; 0 changes nothing.
+        sensitivity: `(L, H)`, how much each head of each decoder layer looks at the image (`ImageAttention`): then
+            strengths differ by head, alpha · s_h / mean(s).
+        layers, heads: of the decoder; all layers but the first two if None.
+    """
+
+    def __init__(
+        self, top: Tensor, bottom: Tensor | None = None, *, alpha: float = 0.7, beta: float = 0.3,
+        sensitivity: Tensor | None = None, layers: Choice = None, heads: Choice = None,
+    ) -> None:  # fmt: skip
+        super().__init__(top, layers=slice(2, None) if layers is None else layers, heads=heads)
+        if bottom is not None and bottom.shape != top.shape:
+            raise ValueError(f"top and bottom must have one shape, got {tuple(top.shape)} and {tuple(bottom.shape)}")
+        if bottom is not None and bool((top & bottom).any()):
+            raise ValueError("top and bottom must not share a token")
+        self.top, self.bottom, self.alpha, self.beta = top, bottom, alpha, beta
+        self.strengths = None if sensitivity is None else modulation(sensitivity)
+
+    def open(self, model: nn.Module) -> Iterable[Handle]:
+        handles = super().open(model)
+        if self.strengths is not None and len(self.strengths) != len(self.layers):
+            there = tuple(self.strengths.shape)
+            raise ValueError(f"sensitivity must be (L, H) for {len(self.layers)} layers of the decoder, got {there}")
+        return handles
+
+    def scores(self, event: Event, scores: Tensor) -> Tensor:
+        keys = scores.shape[-1]
+        factor: float | Tensor = 1.0 if self.strengths is None else self.strengths[self.depth(event)].to(scores)
+        top = self.image_keys(keys, self.top)
+        bottom = None if self.bottom is None else self.image_keys(keys, self.bottom)
+        new = emphasise(scores, top, bottom, alpha=self.alpha * factor, beta=self.beta * factor)
+        return self.put(event, new, scores)
 
 
 def _largest(x: Tensor, count: int) -> Tensor:
