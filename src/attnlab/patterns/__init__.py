@@ -5,6 +5,7 @@ from attnlab.patterns.combine import And, Not, Or, Shifted
 from attnlab.patterns.given import Explicit, Regions
 from attnlab.patterns.grid import Around, Axial, Blocks, Halo, Neighborhood, SoFar
 from attnlab.patterns.groups import Groups
+from attnlab.patterns.prefixed import Prefixed
 from attnlab.patterns.sequence import Causal, Dilated, Documents, Full, PowersOfTwo, Prefix, Sinks, Window
 from attnlab.patterns.speedup import Speedup, end_to_end, speedup
 
@@ -26,6 +27,7 @@ __all__ = [
     "Pattern",
     "PowersOfTwo",
     "Prefix",
+    "Prefixed",
     "Regions",
     "Shifted",
     "Sinks",

@@ -1,0 +1,322 @@
+"""What a host model hides from its queries (padding, the future, what a cache dropped), and our patterns within it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnlab.attend import attend
+from attnlab.hub.spelling import Where
+from attnlab.patterns import Causal, Pattern
+from attnlab.patterns.base import key_range
+
+# Up to so many queries at once are a step of decoding: over before a plan is made.
+_FEW, _FEW_PAIRS = 32, 2**19
+# What hosts add to a score in place of −inf is below this.
+_HIDDEN = -1e4
+
+Ask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Placed(Pattern):
+    """`pattern` where query 0 stands at position `queries` and key 0 at position `keys`, which may be negative."""
+
+    pattern: Pattern
+    queries: int
+    keys: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per_batch", self.pattern.per_batch)
+        object.__setattr__(self, "per_head", self.pattern.per_head)
+
+    def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.pattern.allows(b, h, q + self.queries, k + self.keys)
+
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor | None:
+        listed = self.pattern.tile_keys((tiles + self.queries).clamp_min(0), nk + self.keys)
+        return None if listed is None else torch.where(listed >= max(self.keys, 0), listed - self.keys, -1)
+
+    def at(self, b: int, h: int) -> Pattern:
+        return Placed(self.pattern.at(b, h), self.queries, self.keys)
+
+    def __str__(self) -> str:
+        return f"{self.pattern} from ({self.queries}, {self.keys})"
+
+
+def placed(pattern: Pattern, queries: int, keys: int) -> Pattern:
+    return pattern if queries == keys == 0 else Placed(pattern, queries, keys)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked(Pattern):
+    """What a host's own function allows, asked pair by pair; equal to itself alone, as the function is.
+
+    `batch` are the host's batch entries, `queries` and `keys` the host's numbers of the first of each, `heads` whether
+    the function tells heads apart. If `window` is given, no query sees a key that is further away.
+    """
+
+    ask: Ask
+    batch: Tensor
+    queries: int = 0
+    keys: int = 0
+    window: int | None = None
+    heads: bool = False
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per_batch", len(self.batch) > 1)
+        object.__setattr__(self, "per_head", self.heads)
+
+    def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        b = self.batch.to(b.device)[b] if self.per_batch else torch.full_like(b, int(self.batch[0]))
+        return self.ask(b, h, q + self.queries, k + self.keys)
+
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor | None:
+        if self.window is None:
+            return None
+        apart = self.queries - self.keys
+        return key_range(tiles.amin(1) + apart - self.window, tiles.amax(1) + apart + self.window, nk)
+
+    def at(self, b: int, h: int) -> Pattern:
+        whole = self.ask
+        one = self.batch[b : b + 1] if self.per_batch else self.batch
+        ask = (lambda i, _, q, k: whole(i, torch.full_like(i, h), q, k)) if self.heads else whole
+        return Asked(ask, one, self.queries, self.keys, self.window)
+
+    def cut(self, batch: Tensor | None, queries: int, keys: int) -> Asked:
+        """The same for some of the batch entries, without the first queries and keys."""
+        chosen = self.batch if batch is None else self.batch[batch]
+        return replace(self, batch=chosen, queries=self.queries + queries, keys=self.keys + keys)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Batch entries (all if None) whose real keys are `start` … `end` − 1; their text begins at position `first`."""
+
+    batch: Tensor | None
+    start: int
+    end: int
+    first: int
+
+
+@dataclass(eq=False)
+class Host:
+    """How the host masks one call of `nq` queries, the first at position `offset`, and `nk` keys, from `gone` on.
+
+    `base` is what remains when padding is cut off: nothing hidden, the future hidden, or whatever the host says.
+    """
+
+    nq: int
+    nk: int
+    offset: int
+    gone: int
+    base: Literal["full", "causal"] | Asked
+    rows: list[Rows]
+    _few: dict[Where | None, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where | None, *, scale: float | None = None, dropout: float = 0.0,
+        bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """q `(B, H, Nq, D)`, k and v `(B, Hkv, Nk, D)` → `(B, H, Nq, Dv)`: what the host and `where` both allow.
+
+        Positions of `where` count from the first real token of each text. A route chooses where a text is read from its
+        beginning; what comes later, token by token, sees all that the host lets it see.
+        """
+        few = self.nq < _FEW and self.nq * self.nk <= _FEW_PAIRS
+        if isinstance(where, Pattern):
+            few = few and not (where.per_batch or where.per_head)
+        elif where is not None:
+            few = few and self.nq != self.nk
+        if few and not (isinstance(self.base, Asked) and self.base.heads):
+            return self._step(q, k, v, where, scale, dropout, bias)
+        if len(self.rows) == 1 and self.rows[0].batch is None:
+            found = self._part(q, k, v, self.rows[0], where, scale, dropout, bias)
+            return found if found.shape[2] == self.nq else F.pad(found, (0, 0, self.nq - found.shape[2], 0))
+        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        for rows in self.rows:
+            at = slice(None) if rows.batch is None else rows.batch
+            some = None if bias is None else bias if bias.shape[0] == 1 else bias[at]
+            found = self._part(q[at], k[at], v[at], rows, where, scale, dropout, some)
+            out[at, :, self.nq - found.shape[2] :] = found
+        return out
+
+    def _part(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, where: Where | None, scale: float | None, dropout: float,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Rows that are padded alike: the queries from the first real one on."""
+        apart = self.offset - self.gone  # query i stands at key apart + i
+        skip = max(rows.start - apart, 0)
+        if self.base == "full" and not isinstance(where, Pattern):
+            skip = 0  # what stands in the padding looks too, as it does in the host
+        q, k, v = q[:, :, skip:], k[:, :, rows.start : rows.end], v[:, :, rows.start : rows.end]
+        if bias is not None:
+            bias = bias[:, :, skip:] if bias.shape[2] > 1 else bias
+            bias = bias[..., rows.start : rows.end] if bias.shape[3] > 1 else bias
+        pattern: Pattern | None = None
+        if self.base == "causal":
+            pattern = Causal().starting_at(apart + skip - rows.start)
+        elif isinstance(self.base, Asked):
+            pattern = self.base.cut(rows.batch, skip, rows.start)
+        route = None
+        if isinstance(where, Pattern):
+            here = placed(where, self.offset + skip - rows.first, self.gone + rows.start - rows.first)
+            pattern = here if pattern is None or _implied(where, self.base) else here & pattern
+        elif where is not None and q.shape[2] == k.shape[2]:
+            route = where
+        return attend(q, k, v, pattern=pattern, route=route, scale=scale, dropout=dropout, bias=bias)
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where | None, scale: float | None, dropout: float,
+        bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """A few queries: the keys that any of them sees, and torch's kernel."""
+        pattern = where if isinstance(where, Pattern) else None
+        if pattern not in self._few:
+            self._few[pattern] = self._seen(pattern, len(q), q.device)
+        at, mask = self._few[pattern]
+        if at is not None:
+            k, v = k[:, :, at], v[:, :, at]
+            bias = bias if bias is None or bias.shape[3] == 1 else bias[..., at]
+        if not k.shape[2]:
+            return q.new_zeros(*q.shape[:3], v.shape[-1])
+        dead = None
+        if mask is not None:
+            dead = ~mask.any(-1, keepdim=True)
+            mask = mask | dead
+        if bias is not None:
+            mask = bias.to(q.dtype) if mask is None else torch.where(mask, bias.to(q.dtype), -math.inf)
+        if mask is not None and mask.shape[1] > 1:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        # Heads that share their keys are as many queries, all at one place if there is but one.
+        alone = q.shape[2] == 1 and k.shape[1] < q.shape[1]
+        rows = q.view(len(q), k.shape[1], -1, q.shape[3]) if alone else q
+        out = F.scaled_dot_product_attention(
+            rows, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=k.shape[1] < rows.shape[1]
+        ).reshape(*q.shape[:3], v.shape[-1])
+        return out if dead is None or not dead.any() else out.masked_fill(dead, 0.0)
+
+    def _seen(self, where: Pattern | None, batch: int, at: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The keys that some query sees (None: all), and of those the mask `(B or 1, H or 1, Nq, n)` (None: all)."""
+        zero = torch.zeros((), dtype=torch.long, device=at)
+        q, k = torch.arange(self.nq, device=at)[:, None], torch.arange(self.nk, device=at)
+        seen = torch.zeros(1 if self._alike else batch, 1, self.nq, self.nk, dtype=torch.bool, device=at)
+        if isinstance(self.base, Asked):
+            b = torch.arange(len(seen), device=at).view(-1, 1, 1, 1)
+            host = self.base.allows(b, zero, q, k)
+        else:
+            host = (k <= q + (self.offset - self.gone)) | (self.base == "full")
+        for rows in self.rows:
+            real = host & (k >= rows.start) & (k < rows.end)
+            if where is not None:
+                here = placed(where, self.offset - rows.first, self.gone - rows.first)
+                real = real & here.allows(zero, zero, q, k)
+            chosen = slice(None) if rows.batch is None else rows.batch
+            seen[chosen] = real[chosen] if real.dim() == 4 and len(real) > 1 else real
+        wanted = seen.any(dim=(0, 1, 2))
+        if wanted.all():
+            return None, None if seen.all() else seen
+        index = wanted.nonzero()[:, 0]
+        seen = seen[..., index]
+        return index, None if seen.all() else seen
+
+    @property
+    def _alike(self) -> bool:
+        return len(self.rows) == 1 and self.rows[0].batch is None and not isinstance(self.base, Asked)
+
+
+def _implied(where: Pattern, base: object) -> bool:
+    """Whether `where` itself hides the future, so that one need not say it again."""
+    from attnlab.patterns import And, Or, PowersOfTwo, Window
+
+    if base != "causal":
+        return False
+    if isinstance(where, And):
+        return _implied(where.left, base) or _implied(where.right, base)
+    if isinstance(where, Or):
+        return _implied(where.left, base) and _implied(where.right, base)
+    return isinstance(where, (PowersOfTwo, Causal)) or (isinstance(where, Window) and where.causal)
+
+
+def padded(real: Tensor | None, nq: int, nk: int, gone: int, offset: int, causal: bool) -> list[Rows] | None:
+    """The batch entries by how they are padded: `real (B, ≥ gone + nk)` is True at real keys; None if it has holes."""
+    last = offset + nq - gone if causal else nk  # what a cache has not filled yet lies behind it
+    if real is None:
+        return [Rows(None, 0, min(last, nk), 0)]
+    places = real.long()
+    first = places.argmax(1)
+    here = real[:, gone : gone + nk]
+    count = here.sum(1)
+    start = (first - gone).clamp_min(0)
+    if not torch.equal(here, _between(start, start + count, nk)):
+        return None
+    table = torch.stack([start, start + count, first], 1).tolist()
+    if all(row == table[0] for row in table):
+        return [Rows(None, table[0][0], min(table[0][1], last), table[0][2])]
+    kinds: dict[tuple[int, int, int], list[int]] = {}
+    for i, (a, b, c) in enumerate(table):
+        kinds.setdefault((a, min(b, last), c), []).append(i)
+    return [Rows(torch.tensor(some, device=real.device), *kind) for kind, some in kinds.items()]
+
+
+def _between(start: Tensor, end: Tensor, n: int) -> Tensor:
+    at = torch.arange(n, device=start.device)
+    return (at >= start[:, None]) & (at < end[:, None])
+
+
+def tensor_host(mask: Tensor | None, causal: bool, batch: int, nq: int, nk: int, *, crossing: bool = False) -> Host:
+    """What a mask handed to an attention call hides: bool, or added to the scores with 0 and very negative entries.
+
+    Positions are read off it: the last key that anybody sees is where the last query stands; without a mask, fewer
+    queries than keys stand at the end (unless `crossing`, where they are of two texts). Reads `mask` once or twice.
+    """
+    if mask is None:
+        offset = 0 if crossing or causal or nq >= nk else nk - nq
+        return Host(nq, nk, offset, 0, "causal" if causal else "full", padded(None, nq, nk, 0, offset, causal) or [])
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    if mask.dtype != torch.bool:
+        mask = mask > _HIDDEN
+    columns = mask.any(dim=(1, 2)).expand(batch, nk)
+    last = int(columns.any(0).long().mul(torch.arange(1, nk + 1, device=mask.device)).max())
+    offset = 0 if crossing or nq >= nk else max(last - nq, 0)
+    for base in ("full", "causal"):
+        if base == "causal" and crossing:
+            continue
+        rows = padded(columns, nq, nk, 0, offset, base == "causal")
+        if rows is not None and all(_agrees(mask, row, base, offset, nq) for row in rows):
+            return Host(nq, nk, offset, 0, base, rows)
+    starts = columns.long().argmax(1).tolist()
+    kinds: dict[int, list[int]] = {}
+    for i, start in enumerate(starts):
+        kinds.setdefault(start, []).append(i)
+    every = torch.arange(batch, device=mask.device)
+
+    def ask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        zero = torch.zeros_like(b)
+        return mask[tuple(i if n > 1 else zero for n, i in zip(mask.shape, (b, h, q, k), strict=True))]
+
+    rows = [Rows(None if len(kinds) == 1 else every[some], 0, nk, start) for start, some in kinds.items()]
+    return Host(nq, nk, offset, 0, Asked(ask, every, heads=mask.shape[1] > 1), rows)
+
+
+def _agrees(mask: Tensor, rows: Rows, base: str, offset: int, nq: int) -> bool:
+    """Whether the mask of these batch entries is `base` between start and end, for the queries that are real."""
+    some = mask if rows.batch is None or len(mask) == 1 else mask[rows.batch]
+    k = torch.arange(mask.shape[3], device=mask.device)
+    wanted = (k >= rows.start) & (k < rows.end)
+    if base == "causal":
+        q = torch.arange(offset, offset + nq, device=mask.device)[:, None]
+        wanted = wanted & (k <= q)
+        if some.shape[2] > 1:
+            skip = max(rows.start - offset, 0)
+            some, wanted = some[:, :, skip:], wanted[skip:]
+    return bool((some == wanted).all())
