@@ -94,7 +94,7 @@ class CARVE:
     a (T, L, V): at each of at most `tokens` steps of greedy generation, in each of `layers`, the last row of attention
     to the image, mean over heads: for the question, and for a general instruction, which draws what is noise in it.
     `layers` are those of the language model, from 0 (the authors' 20 to 25, of 28 to 36). The authors' versions: v4 as
-    it is; v3 steps="first"; v2 rank="area" beside; v1 rank="specks". `grid` (rows, columns) is that of the image tokens,
+    it is; v3 steps="first"; v2 rank="area" beside; v1 rank="specks". `grid` (rows, columns) is that of image tokens,
     for models that lay them out otherwise than as a square or as `image_grid_thw` says. Here a grid that the processor
     gives comes first; the authors take 256, 576, 1024, 1600 and 1681 tokens for squares before they ask it, and pass
     over layers that are not there.
