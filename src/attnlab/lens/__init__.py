@@ -12,6 +12,8 @@ _HOME = {
     "tap": "attnlab.lens.tap",
     "Edit": "attnlab.lens.steer",
     "steer": "attnlab.lens.steer",
+    "Record": "attnlab.lens.record",
+    "watch": "attnlab.lens.watch",
 }
 
 __all__ = [*_HOME]

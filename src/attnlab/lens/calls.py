@@ -35,10 +35,14 @@ def scaled_dot_product(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
             enable_gqa=enable_gqa,
         )  # fmt: skip
-        return _four(out)
+        return _four(out).reshape(*q.shape[:-1], -1)
 
     q, k, v = _four(query), _four(key), _four(value)
     mask = attn_mask
+    if _packed(frame, q, k):
+        q = q.flatten(1, 2).unsqueeze(2)
+        if mask is not None and mask.dim() == 4 and mask.shape[2] > 1:
+            mask = mask.flatten(1, 2).unsqueeze(2)
     if mask is not None and query.dim() > 4:
         mask = _four(mask.expand(*query.shape[:-3], *mask.shape[-3:])) if mask.dim() > 3 else mask
     repeated = _repeated(frame.module, q, k)
@@ -63,6 +67,15 @@ def _repeated(module: nn.Module, q: Tensor, k: Tensor) -> int:
         if isinstance(groups, int) and groups > 1 and q.shape[1] == k.shape[1] and q.shape[1] % groups == 0
         else 1
     )
+
+
+def _packed(frame: Frame, q: Tensor, k: Tensor) -> bool:
+    """Whether transformers passed the heads of one query that share a key head as that many queries (`pack_gqa`)."""
+    own = frame.arguments[0] if frame.arguments else frame.keywords.get("hidden_states")
+    if not isinstance(own, Tensor) or own.dim() != 3 or own.shape[1] != 1:
+        return False
+    groups = getattr(frame.module, "num_key_value_groups", 1)
+    return groups != 1 and q.shape[1:3] == (k.shape[1], groups)
 
 
 # Names under which modules take what a cross attention looks at, and a cache.

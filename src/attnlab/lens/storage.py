@@ -1,0 +1,55 @@
+"""A record of attention as one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from attnlab.lens.record import Entry, Record
+
+_FORMAT, _VERSION = "attnlab.record", "1"
+
+
+def write(record: Record, path: str | Path) -> None:
+    """Tensors are named by the number of their call; all the rest is JSON in the metadata."""
+    own = {n: getattr(record, n) for n in ("what", "tokens", "grid", "prefix", "sinks", "model")}
+    calls = [{**asdict(replace(e, kept={})), "kept": list(e.kept)} for e in record.entries]
+    tensors = {
+        # Each its own memory: safetensors refuses tensors that share some.
+        f"{i}.{name}": x.detach().cpu().contiguous().clone()
+        for i, e in enumerate(record.entries)
+        for name, x in e.kept.items()
+    }
+    save_file(
+        tensors, str(path), {"format": _FORMAT, "version": _VERSION, "record": json.dumps({**own, "calls": calls})}
+    )
+
+
+def read(path: str | Path) -> Record:
+    """What `write` wrote, or a ValueError that says what is wrong with the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such record file: {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not a record of attention (Record.save writes those)")
+    if metadata.get("version") != _VERSION:
+        raise ValueError(f"{path} is a record of version {metadata.get('version')}; known here is {_VERSION}")
+    try:
+        own = json.loads(metadata["record"])
+        calls = own.pop("calls")
+        entries = [
+            Entry(**{**call, "heads": tuple(call["heads"]), "kept": {n: tensors[f"{i}.{n}"] for n in call["kept"]}})
+            for i, call in enumerate(calls)
+        ]
+        return Record(own.pop("what"), entries, **own)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is a damaged record: {type(error).__name__} {error}") from error
