@@ -1,0 +1,185 @@
+"""`attend` and `scan` over sequences that are spread over ranks: each rank gives and gets its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from attnlab.attend import pose
+from attnlab.patterns import Full, Pattern
+from attnlab.problem import Bias
+from attnlab.scale import agree
+from attnlab.scale.layout import Layout
+from attnlab.scale.ring import Job, ring_attention
+from attnlab.scale.states import document_starts, lasp2, sums
+from attnlab.scale.ulysses import by_heads, heads_of, ulysses
+from attnlab.scale.wire import Mesh, wire
+from attnlab.scan import _check
+
+METHODS = ("ring", "allgather", "ulysses", "heads")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: Mesh,
+    method: str = "ring",
+    layout: Layout | None = None,
+    kv_layout: Layout | None = None,
+    pattern: Pattern | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    kv_chunk: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention over a sequence of which each rank holds a part: what `attnlab.attend` gives on all of it.
+
+        out, lse = attend(q, k, v, mesh=mesh["cp"], pattern=Causal(), layout=Layout.zigzag(n, 4), return_lse=True)
+
+    Forward and backward; a rank's gradients are those of its own q, k, v from the sum of all ranks' losses.
+
+    Args:
+        q, k, v: this rank's tokens, `(B, H, n, D)`, `(B, Hkv, m, D)`, `(B, Hkv, m, Dv)`.
+        mesh: one dimension of a `DeviceMesh`, or a process group.
+        method: how.
+
+            | method    | what travels, forward                             | needs                  |
+            |-----------|---------------------------------------------------|------------------------|
+            | ring      | the keys and values that others see, block by block | –                    |
+            | allgather | all keys and values, by one collective (LASP-2H)  | room for all of them   |
+            | ulysses   | a part of q, k, v for heads, and outputs back     | ranks that divide H    |
+            | heads     | outputs alone; q, k, v are whole on every rank    | ranks that divide H    |
+        layout: which tokens lie on which rank; contiguous blocks of equal length if None.
+        kv_layout: that of the keys, if another.
+        pattern: on positions of the whole sequence.
+        bias: a function of such positions (trained only as a `Lookup`), or a tensor: `(B, H, n, N)`, this rank's rows
+            against all keys, for ring and allgather; `(B, H, N, N)` for the others. A table's gradient is the part that
+            this rank's queries have in it.
+        scale, return_lse: as for `attnlab.attend`.
+        kv_chunk: work on so many keys at a time, which may then lie in another memory than q (ring and allgather).
+        backend: of the other two.
+
+    Raises:
+        ValueError, TypeError: on all ranks, before anything large is sent, where they do not fit together.
+    """
+    ranks = wire(mesh)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have four axes (batch, heads, tokens, channels), got {tuple(x.shape)}")
+    if kv_chunk is not None and (kv_chunk < 1 or method not in ("ring", "allgather")):
+        raise ValueError(f"kv_chunk must be positive and goes with ring or allgather, got {kv_chunk} for {method}")
+    if method in ("ulysses", "heads"):
+        heads_of(ranks, q.shape[1], k.shape[1])
+    choices = ("attend", method, pattern, layout, kv_layout, scale, kv_chunk)
+    held = agree.lengths(ranks, {"k": k, "v": v}, choices)
+    rows = agree.lengths(ranks, {"q": q}, ())
+    asked = pattern or Full()
+    if method == "heads":
+        if len({*rows}) > 1 or len({*held}) > 1:
+            raise ValueError(f"q, k and v must be whole on every rank for heads, got {rows} and {held} tokens")
+        out, lse = by_heads(
+            q, k, v, ranks, pattern=pattern, bias=bias, scale=scale, return_lse=return_lse, backend=backend
+        )
+        return out if lse is None else (out, lse)
+    mine = agree.fitting(layout, rows, ranks.size)
+    same = kv_layout is None and (layout is None or rows == held)
+    keys = mine if same and rows == held else agree.fitting(kv_layout, held, ranks.size, "kv_layout")
+    asked.check(mine.length, keys.length)
+    if 0 not in q.shape and 0 not in k.shape:  # the rest of what attend checks
+        pose(q, k.to(q.device), v.to(q.device), scale=scale)
+    if method == "ulysses":
+        out, lse = ulysses(
+            q, k, v, ranks, mine, keys, pattern=pattern, bias=bias, scale=scale, return_lse=return_lse, backend=backend
+        )
+        return out if lse is None else (out, lse)
+    job = Job(
+        ranks, mine, keys, asked, q.shape[-1] ** -0.5 if scale is None else float(scale), _four(bias, q, keys.length),
+        gather=method == "allgather", chunk=kv_chunk,
+    )  # fmt: skip
+    out, lse = ring_attention(q, k, v, job)
+    return (out, lse) if return_lse else out
+
+
+def _four(bias: Any, q: Tensor, keys: int) -> Any:
+    if not isinstance(bias, Tensor):
+        return bias
+    bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
+    wanted = (*q.shape[:3], keys)
+    if any(n not in (1, w) for n, w in zip(bias.shape, wanted, strict=True)):
+        raise ValueError(
+            f"bias must be broadcastable to {wanted}, this rank's queries and all keys, got {tuple(bias.shape)}"
+        )
+    return bias
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mesh: Mesh,
+    layout: Layout | None = None,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    causal: bool = True,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A scan over a sequence of which each rank holds a part (LASP-2): what `attnlab.scan` gives on all of it.
+
+        M_t = the state that rank t's tokens leave        one all-gather of all M_t (and of how each forgets)
+        out_t = scan of its own tokens + q_t · Σ_{s<t} (what is left of) M_s
+
+    Every mechanism of `attnlab.scan`: additive, decayed per head or channel, delta rule, gated delta rule, KDA. What
+    is sent does not grow with the length: `(R − 1) · B · H · Dk · (Dv + 1 or Dk)` numbers for each piece of the layout;
+    backward `(R − 1) · B · H · Dk · Dv`. With contiguous blocks there is one piece.
+
+    Args:
+        q, k, v, decay, beta: this rank's tokens, shaped as for `attnlab.scan`.
+        mesh, layout: as for `attend`; pieces may lie anywhere, so a zigzag made for softmax layers will do.
+        state: before the first token of all, the same on every rank.
+        cu_seqlens: cumulated lengths of sequences packed along the whole sequence (B = 1); each starts empty.
+        causal: False sums over all tokens, before and after (the paper's form without a mask; additive only).
+        return_state: also return the state after the last token of all, the same on every rank, with gradient.
+        backend: of the scan on each rank.
+    """
+    ranks = wire(mesh)
+    _check(q, k, v, decay, beta, state, None, backend)
+    choices = (
+        "scan",
+        layout,
+        None if cu_seqlens is None else [int(x) for x in cu_seqlens],
+        scale,
+        causal,
+        return_state,
+    )
+    held = agree.lengths(ranks, {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}, choices)
+    mine = agree.fitting(layout, held, ranks.size)
+    if min(held) < 1:
+        raise ValueError(f"every rank must hold at least one token, got {list(held)}")
+    starts = document_starts(cu_seqlens, mine.length)
+    if cu_seqlens is not None and (len(q) != 1 or state is not None or return_state):
+        raise ValueError(f"cu_seqlens wants a batch of 1 and neither state nor return_state, got a batch of {len(q)}")
+    q = q if scale is None else q * scale
+    if not causal:
+        if any(x is not None for x in (decay, beta, state, cu_seqlens)) or return_state:
+            raise ValueError(
+                "causal=False is for additive states alone: no decay, beta, state, packing or return_state"
+            )
+        return sums(q, k, v, ranks)
+    out, last = lasp2(
+        q, k, v, ranks, mine, decay=decay, beta=beta, state=state, starts=starts, last_too=return_state, backend=backend
+    )
+    return (out, last) if return_state else out
