@@ -7,17 +7,20 @@ from attnlab.patterns.grid import Around, Axial, Blocks, Halo, Neighborhood, SoF
 from attnlab.patterns.groups import Groups
 from attnlab.patterns.prefixed import Prefixed
 from attnlab.patterns.sequence import Causal, Dilated, Documents, Full, PowersOfTwo, Prefix, Sinks, Window
+from attnlab.patterns.spans import BlockCausal, From, Rectangle, Rectangles, Starts
 from attnlab.patterns.speedup import Speedup, end_to_end, speedup
 
 __all__ = [
     "And",
     "Around",
     "Axial",
+    "BlockCausal",
     "Blocks",
     "Causal",
     "Dilated",
     "Documents",
     "Explicit",
+    "From",
     "Full",
     "Groups",
     "Halo",
@@ -28,11 +31,14 @@ __all__ = [
     "PowersOfTwo",
     "Prefix",
     "Prefixed",
+    "Rectangle",
+    "Rectangles",
     "Regions",
     "Shifted",
     "Sinks",
     "SoFar",
     "Speedup",
+    "Starts",
     "Window",
     "end_to_end",
     "speedup",
