@@ -148,26 +148,52 @@ def _as_mask(mask: Tensor, p: Problem) -> Tensor:
 
 
 class _Places:
-    """Where queries and keys stand, and how far apart they are."""
+    """Where queries and keys stand: how far apart they are, and how far a query looks on average."""
 
     def __init__(self, p: Problem, grid: tuple[int, ...] | None, prefix: int | None, offset: int) -> None:
         wide = torch.promote_types(p.dtype, torch.float32)
         self.q, self.q_placed = _places(p.nq, grid, prefix, offset, wide, p.device)
         self.k, self.k_placed = _places(p.nk, grid, prefix, 0, wide, p.device)
         self.everywhere = bool((self.q_placed == 1).all() and (self.k_placed == 1).all())
+        self.line = grid is None
+        self._of: tuple[slice, slice] | None = None
+        self._apart = torch.empty(0)
+
+    def mean(
+        self, weights: Tensor, queries: Tensor | slice, keys: Tensor | slice, total: Tensor, spare: Tensor | None = None
+    ) -> Tensor:
+        """Σ_j w_ij |i − j| over Σ_j w_ij of the keys with a place; `total` is that of all keys."""
+        if self.line and isinstance(queries, slice) and isinstance(keys, slice):
+            return self._along(weights, queries, keys) / total.masked_fill(total == 0, 1.0)
+        far = torch.mul(weights, self.apart(queries, keys), out=spare).sum(-1)
+        if not self.everywhere:
+            total = (weights * self.k_placed[keys][..., None, :]).sum(-1)
+        return far / total.masked_fill(total == 0, 1.0)
 
     def apart(self, queries: Tensor | slice, keys: Tensor | slice) -> Tensor:
         """Distances `(…, q, k)` of tokens `(…, q)` and `(…, k)`, 0 where one has no place."""
+        if isinstance(queries, slice) and isinstance(keys, slice):
+            if self._of == (queries, keys):  # as for the heads before
+                return self._apart
+            self._of = (queries, keys)
         difference = self.q[queries][..., :, None, :] - self.k[keys][..., None, :, :]
         far = difference[..., 0].abs() if difference.shape[-1] == 1 else difference.square().sum(-1).sqrt()
-        return far if self.everywhere else far * self.q_placed[queries][..., None] * self.k_placed[keys][..., None, :]
+        if not self.everywhere:
+            far = far * self.q_placed[queries][..., None] * self.k_placed[keys][..., None, :]
+        self._apart = far
+        return far
 
-    def mean(self, distance: Tensor, weights: Tensor, keys: Tensor | slice) -> Tensor:
-        """Σ_j w_ij |i − j| over the share of the weights that went to keys with a place."""
-        if self.everywhere:
-            return distance
-        share = (weights * self.k_placed[keys][..., None, :]).sum(-1)
-        return distance / share.masked_fill(share == 0, 1.0)
+    def _along(self, weights: Tensor, queries: slice, keys: slice) -> Tensor:
+        """Σ_j w_ij |i − j| on a line: of keys before and behind all the queries by products, without a distance each.
+
+        All terms are positive, so that nothing cancels.
+        """
+        q, k = self.q[queries, 0], self.k[keys, 0]
+        left, right = (int(n) for n in torch.searchsorted(k, q[[0, -1]]).tolist())
+        before, within, behind = weights[..., :left], weights[..., left:right], weights[..., right:]
+        far = (within * (q[:, None] - k[left:right]).abs()).sum(-1)
+        far += before.sum(-1) * (q - q[0]) + before @ (q[0] - k[:left])
+        return far + behind.sum(-1) * (q[-1] - q) + behind @ (k[right:] - q[-1])
 
 
 def _places(
@@ -198,7 +224,7 @@ def _add_tile(found: Statistics, tile: Tile, b: slice, h: slice, places: _Places
     here = {
         "entropy": surprise.sum(-1),
         "max": weights.amax(-1),
-        "distance": places.mean((weights * places.apart(queries, keys)).sum(-1), weights, keys),
+        "distance": places.mean(weights, queries, keys, weights.sum(-1)),
         "sink_mass": (weights * (keys < sinks)[:, None]).sum(-1),
         "lse": lse.masked_fill(dead, -torch.inf),
     }
@@ -216,32 +242,25 @@ def _add_stripes(
     places: _Places, sinks: int,
 ) -> None:  # fmt: skip
     """Put the numbers of a part of the problem, read in stripes, in their places."""
-    apart, of = torch.empty(0), (slice(0), slice(0))
     for s in stripes(p, q, k, mask):
-        if of != (s.queries, s.keys):
-            apart, of = places.apart(s.queries, s.keys), (s.queries, s.keys)
         here = (b.start + s.b, slice(h.start + s.heads.start, h.start + s.heads.stop))
         rows, columns = (*here, s.queries), (*here, s.keys)
-        # Everything is made in place: what this costs beside the products is passes over the scores.
+        # All in place, or in products that read the scores once: what this costs is passes over the scores.
         top = s.scores.amax(-1, keepdim=True)
-        if s.masked:
-            top.masked_fill_(top == -torch.inf, 0.0)
+        top.masked_fill_(top == s.hidden, 0.0)
         below = s.scores.sub_(top)
-        if s.masked:
+        if s.hidden == -torch.inf:
             below.clamp_min_(torch.finfo(below.dtype).min)  # 0 · −∞ is 0 here
-        weights = torch.exp(below, out=s.spare)
-        total = weights.sum(-1)
-        share = torch.where(total > 0, 1 / total, 0.0)
-        log = total.log()
+        terms = torch.exp(below, out=s.spare)
+        total, first = terms.sum(-1), terms[..., : max(sinks - s.keys.start, 0)].sum(-1)
+        share, log = torch.where(total > 0, 1 / total, 0.0), total.log()
         found.lse[rows] = log + top[..., 0]
         found.max[rows] = share
-        found.entropy[rows] = (log - below.mul_(weights).sum(-1) * share).masked_fill(total == 0, 0.0)
-        weights *= share[..., None]
-        found.received[columns] += weights.sum(-2)
-        found.sink_mass[rows] = weights[..., : max(sinks - s.keys.start, 0)].sum(-1)
-        far = torch.mul(weights, apart, out=below).sum(-1)
-        found.distance[rows] = places.mean(far, weights, s.keys)
+        found.sink_mass[rows] = first * share
+        found.received[columns] += (share[:, None] @ terms)[:, 0]
+        found.entropy[rows] = (log - below.mul_(terms).sum(-1) * share).masked_fill(total == 0, 0.0)
+        found.distance[rows] = places.mean(terms, s.queries, s.keys, total, spare=below)
         if v is not None and found.out is not None:
-            heads = weights.view(s.kv_heads.stop - s.kv_heads.start, -1, weights.shape[-1])
+            heads = terms.view(s.kv_heads.stop - s.kv_heads.start, -1, terms.shape[-1])
             value = heads @ v[s.b, s.kv_heads, s.keys].to(heads.dtype)
-            found.out[rows] = value.view(*weights.shape[:2], -1)
+            found.out[rows] = value.view(*terms.shape[:2], -1) * share[..., None]

@@ -15,13 +15,16 @@ from attnlab.problem import Bias, Problem
 
 # Scores per stripe: about what stays in the cache of a processor, and what keeps an accelerator busy.
 _HERE, _THERE = 2**19, 2**25
+# What hides a pair where scores are finite: with it, weight times logarithm is 0 without asking.
+_LOW = -1e30
 
 
 @dataclass(frozen=True, eq=False)
 class Stripe:
     """Scores `(h, q, k)` of one batch entry, to be read or overwritten before the next stripe comes.
 
-    `masked` says that some may be −inf: a pair that may not look. `spare` is as large, for what is made of them.
+    A pair that may not look scores `hidden`: −inf where a bias or an added mask may hold that too, else a number far
+    below any score. `spare` is as large as the scores, for what is made of them.
     """
 
     b: int
@@ -31,7 +34,7 @@ class Stripe:
     keys: slice
     scores: Tensor
     spare: Tensor
-    masked: bool
+    hidden: float
 
 
 def stripes(p: Problem, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Iterator[Stripe]:
@@ -47,6 +50,7 @@ def stripes(p: Problem, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Ite
     size = together * p.groups * count * p.nk
     buffer, spare = torch.empty(2, size, dtype=wide, device=q.device)
     own_mask = mask is not None and mask.shape[0] > 1
+    hidden = _LOW if p.bias is None and (mask is None or mask.dtype is torch.bool) else -torch.inf
     # Cast once, not at every stripe.
     k = k.to(wide)
     for start in range(0, p.nq, count):
@@ -63,19 +67,15 @@ def stripes(p: Problem, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Ite
                 mine = (q[b, heads, queries].to(wide) * p.scale).reshape(len(scores), p.groups * rows, -1)
                 torch.bmm(mine, k[b, kv, keys].mT, out=scores)
                 scores = scores.view(-1, rows, n)
-                masked = seen is not None
                 if p.bias is not None:
                     scores += values(p.bias, b, heads, queries, keys, p.device)
-                    masked = True
                 if mask is not None and mask.is_floating_point():
                     scores += values(mask, b, heads, queries, keys, p.device)
                 elif mask is not None and mask.shape[1] > 1:
-                    scores.masked_fill_(~values(mask, b, heads, queries, keys, p.device), -torch.inf)
-                    masked = True
+                    scores.masked_fill_(~values(mask, b, heads, queries, keys, p.device), hidden)
                 if seen is not None:
-                    scores[..., mixed].masked_fill_(~seen, -torch.inf)
-                other = spare[: scores.numel()].view(scores.shape)
-                yield Stripe(b, heads, kv, queries, keys, scores, other, masked or mask is not None)
+                    scores[..., mixed].masked_fill_(~seen, hidden)
+                yield Stripe(b, heads, kv, queries, keys, scores, spare[: scores.numel()].view(scores.shape), hidden)
 
 
 def values(x: Bias, b: int, heads: slice, queries: slice, keys: slice, device: torch.device) -> Tensor:
@@ -93,12 +93,13 @@ def _visible(p: Problem, mask: Tensor | None, b: int, queries: slice) -> tuple[T
 
     Returns which query sees which key there, or None if nothing is hidden; that part; and the keys.
     """
-    every = slice(0, p.nk)
+    # What a causal pattern hides behind the last query is not even asked for.
+    every = slice(0, min(p.nk, queries.stop) if p.is_causal else p.nk)
     seen = None
     if not p.is_full:
         at_q, at_k = (torch.arange(s.start, s.stop, device=p.device) for s in (queries, every))
         zero = torch.zeros_like(at_k[:1])
-        seen = p.pattern.allows(zero, zero, at_q[:, None], at_k).expand(-1, p.nk)
+        seen = p.pattern.allows(zero, zero, at_q[:, None], at_k).expand(-1, every.stop)
     if mask is not None and mask.shape[1] == 1:
         given = values(mask, b, slice(0, 1), queries, every, p.device)[0]
         if given.is_floating_point():
