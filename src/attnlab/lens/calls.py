@@ -225,6 +225,8 @@ def scanned(
         beta=beta, state=state, native=native,
     )  # fmt: skip
     out = handle(event)
+    if event.last is not None:
+        last.append(event.last)
     if not last:
         last.append(
             scan(event.q, event.k, event.v, decay=event.decay, beta=event.beta, scale=event.scale, state=state)[1]
