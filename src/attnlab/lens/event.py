@@ -60,7 +60,7 @@ class Event:
     state: Tensor | None = None
     native: Callable[[], Tensor] | None = field(default=None, repr=False)  # the call as the model made it
     computed: Tensor | None = field(default=None, repr=False)  # its weights, where they have been computed and edited
-    last: Tensor | None = field(default=None, repr=False)  # of a scan: its last state, from who computed the call instead
+    last: Tensor | None = field(default=None, repr=False)  # a scan's last state, from who computed it instead
 
     def __post_init__(self) -> None:
         self._given = self._what()
