@@ -172,3 +172,33 @@ def blip(transformers: Any) -> tuple[Any, Any]:
 
     words = tokenizer(transformers, cls_token="[CLS]", sep_token="[SEP]")
     return model, transformers.BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), words)
+
+
+def sam(transformers: Any) -> tuple[Any, Any]:
+    """A SAM for images of 64 pixels, and its processor."""
+    torch.manual_seed(0)
+    config = transformers.SamConfig(
+        vision_config=transformers.SamVisionConfig(
+            hidden_size=32,
+            output_channels=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=64,
+            patch_size=16,
+            window_size=2,
+            global_attn_indexes=[1],
+            mlp_dim=32,
+            num_pos_feats=8,
+        ),
+        prompt_encoder_config=transformers.SamPromptEncoderConfig(
+            hidden_size=16, image_size=64, patch_size=16, mask_input_channels=4
+        ),
+        mask_decoder_config=transformers.SamMaskDecoderConfig(
+            hidden_size=16, mlp_dim=32, num_hidden_layers=2, num_attention_heads=2, iou_head_hidden_dim=16
+        ),
+    )
+    model = louder(transformers.SamModel(config))
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    images = SamImageProcessorPil(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
+    return model, transformers.SamProcessor(images)

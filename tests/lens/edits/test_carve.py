@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnlab.lens import steer
-from attnlab.lens.edits.carve import CARVE, SUFFIX, LastRows, refine
+from attnlab.lens import steer, watch
+from attnlab.lens.edits.carve import CARVE, SUFFIX, generated_maps, last_row, refine
 from attnlab.lens.multimodal import answer, ask, image_columns, image_grid, language_model
 from attnlab.lens.steer import Edit
-from attnlab.lens.tap import join
 from lens.tiny_models import llava, picture, qwen, qwen_inputs
 
 QUESTION = "what colour is the dog ?"
@@ -45,12 +44,9 @@ def test_of_a_qwen_the_grid_comes_with_the_inputs(transformers) -> None:
     model, inputs = qwen(transformers), qwen_inputs(4, 6, [5, 9, 11])
     columns = image_columns(model, inputs["input_ids"])
     assert columns.tolist() == [1, 2, 3, 4, 5, 6] and image_grid(model, inputs, 6) == (2, 3)
-    kept = LastRows([0, 1, 2], columns)
-    leave = join(language_model(model), kept)
-    with torch.no_grad():
+    with torch.no_grad(), watch(language_model(model), keep=lambda e, _: last_row(e)[0][:, columns].mean(0)) as record:
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    leave()
-    torch.testing.assert_close(kept.maps(), full_attention(model, inputs, 3), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(generated_maps(record), full_attention(model, inputs, 3), rtol=1e-4, atol=1e-6)
 
 
 def test_the_model_is_as_it_was(transformers) -> None:

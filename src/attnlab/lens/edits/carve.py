@@ -13,9 +13,9 @@ from attnlab.cards import LENS, Card, register
 from attnlab.lens.event import Event
 from attnlab.lens.measures.contrast import fuse, keep_regions
 from attnlab.lens.multimodal import answer, ask, image_columns, image_grid, language_model, load
+from attnlab.lens.record import Record
 from attnlab.lens.regions import bounding_box
-from attnlab.lens.tap import Subscriber, join
-from attnlab.lens.where import Where
+from attnlab.lens.watch import watch
 
 GENERAL = "Write a general description of the image."
 SUFFIX = "Answer the question using a single word or phrase."
@@ -33,23 +33,10 @@ def last_row(event: Event) -> Tensor:
     return replace(event, q=event.q[:, :, -1:], mask=mask, is_causal=False, native=None).weights()[:, :, -1]
 
 
-class LastRows(Subscriber):
-    """Keeps, at each step and layer, the mean over heads of the last query's attention to some columns."""
-
-    def __init__(self, layers: Sequence[int], columns: Tensor) -> None:
-        self.where = Where(layers=list(layers))
-        self.columns = columns
-        self.rows: list[list[Tensor]] = []
-
-    def start(self, step: int) -> None:
-        self.rows.append([])
-
-    def after(self, event: Event, out: Tensor) -> None:
-        self.rows[-1].append(last_row(event)[0][:, self.columns].float().mean(0))
-
-    def maps(self) -> Tensor:
-        """(T, L, V), the steps that were taken."""
-        return torch.stack([torch.stack(rows) for rows in self.rows])
+def generated_maps(record: Record) -> Tensor:
+    """(T, L, V) of a record of vectors (V), kept at each of T steps in L layers."""
+    layers = [torch.stack([e.kept[""] for e in record.of(name)]) for name in record.layers]
+    return torch.stack(layers, 1)
 
 
 @dataclass(frozen=True)
@@ -125,14 +112,14 @@ class CARVE:
         inputs = ask(self.model, self.processor, [image], f"{text} {self.suffix}")
         columns = image_columns(self.model, inputs["input_ids"])
         grid = self.grid or image_grid(self.model, inputs, len(columns))
-        kept = LastRows(self.layers, columns)
-        leave = join(language_model(self.model), kept)
-        try:
+
+        def to_image(event: Event, _: Tensor) -> Tensor:
+            return last_row(event)[0][:, columns].float().mean(0)
+
+        with watch(language_model(self.model), layers=list(self.layers), keep=to_image) as record:
             tokens = 1 if self.steps == "first" else self.tokens
             answer(self.model, self.processor, inputs, max_new_tokens=tokens)
-        finally:
-            leave()
-        return kept.maps(), grid
+        return generated_maps(record), grid
 
     def focus(self, image: Any, question: str) -> Focus:
         """What of `image` (PIL) the question is about."""
