@@ -24,7 +24,7 @@ PATTERNS = {
 }
 
 
-def of_the_matrix(q, k, v, pattern, bias, grid, scale=None):
+def of_the_matrix(q, k, v, pattern, bias, grid, scale=None, mask=None):
     """The definitions, from all weights at once."""
     nq, nk, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
@@ -34,6 +34,10 @@ def of_the_matrix(q, k, v, pattern, bias, grid, scale=None):
     seen = torch.ones(nq, nk, dtype=torch.bool)
     if pattern is not None:
         seen = pattern.matrix(nq, nk, batch=q.shape[0], heads=q.shape[1])
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask
+    elif mask is not None:
+        seen = seen & mask
     weights = Softmax().weights(scores, seen.expand(scores.shape), nk)
     at = torch.arange(max(nq, nk))
     places = at[:, None].double() if grid is None else torch.stack(torch.unravel_index(at, grid), -1).double()
@@ -42,6 +46,7 @@ def of_the_matrix(q, k, v, pattern, bias, grid, scale=None):
         "entropy": -torch.xlogy(weights, weights).sum(-1),
         "received": weights.sum(-2),
         "max": weights.amax(-1),
+        "sink_mass": weights[..., 0],
         "distance": (weights * apart).sum(-1),
         "lse": scores.masked_fill(~seen, -math.inf).logsumexp(-1),
         "out": weights @ v,
@@ -68,6 +73,60 @@ def test_other_lengths_a_bias_and_a_scale_are_taken_into_account():
     looked_up = statistics(q, k, bias=Lookup(table, lambda q, k: k - q + 30), pattern=Window(40, causal=False))
     plain = statistics(q, k, bias=lambda b, h, q, k: table[k - q + 30, h], pattern=Window(40, causal=False))
     torch.testing.assert_close(looked_up.entropy, plain.entropy)
+
+
+def mask_of(shape, kind):
+    """A mask that hides about a third, all of the row of one query where it has such rows."""
+    hidden = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.3
+    if shape[-2] > 1:
+        hidden[..., 5, :] = True
+    if kind == "bool":
+        return ~hidden
+    low = -math.inf if kind == "infinite" else torch.finfo(torch.float64).min
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).masked_fill(hidden, low)
+
+
+@pytest.mark.parametrize("pattern", [None, Causal(), Window(9)], ids=str)
+@pytest.mark.parametrize("kind", ["bool", "infinite", "lowest"])
+@pytest.mark.parametrize("shape", [(N, N), (2, 1, N, N), (1, 4, N, N), (2, 4, N, N), (2, 1, 1, N)], ids=str)
+def test_a_mask_of_any_shape_hides_and_adds_beside_the_pattern(shape, kind, pattern):
+    q, k, v = (torch.randn(2, h, N, 8, dtype=torch.float64) for h in (4, 2, 2))
+    mask = mask_of(shape, kind)
+    found = statistics(q, k, v, mask=mask, pattern=pattern)
+    for field, wanted in of_the_matrix(q, k, v, pattern, None, None, mask=mask).items():
+        if field == "lse" and kind == "lowest":
+            continue  # where all is as low as can be, what is added is lost in rounding
+        torch.testing.assert_close(getattr(found, field), wanted, rtol=1e-11, atol=1e-11, msg=lambda m, f=field: f + m)
+
+
+def test_a_mask_goes_with_a_bias_and_with_patterns_of_their_own_for_each_head():
+    q, k, v = (torch.randn(2, h, N, 8, dtype=torch.float64) for h in (4, 2, 2))
+    mask, bias = mask_of((2, 1, N, N), "bool"), torch.randn(4, N, N, dtype=torch.float64)
+    for name in ("per head", "window and sinks", "causal"):
+        found = statistics(q, k, v, mask=mask, bias=bias, pattern=PATTERNS[name])
+        for field, wanted in of_the_matrix(q, k, v, PATTERNS[name], bias, None, mask=mask).items():
+            torch.testing.assert_close(getattr(found, field), wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_the_mass_of_the_sinks_is_that_of_the_first_keys():
+    q = torch.randn(1, 2, N, 8, dtype=torch.float64)
+    for pattern in (Causal(), Window(9)):
+        weights = (q @ q.mT / 8**0.5).masked_fill(~pattern.matrix(N), -math.inf).softmax(-1)
+        torch.testing.assert_close(statistics(q, q, pattern=pattern, sinks=3).sink_mass, weights[..., :3].sum(-1))
+
+
+def test_tokens_before_and_after_the_grid_have_no_place_on_it():
+    q = torch.randn(1, 2, N, 8, dtype=torch.float64)
+    weights = (q @ q.mT / 8**0.5).softmax(-1)
+    at = torch.stack(torch.unravel_index(torch.arange(60), (6, 10)), -1).double()
+    wanted = torch.zeros(1, 2, N, dtype=torch.float64)
+    on = weights[..., 4:64, 4:64]
+    wanted[..., 4:64] = (on * torch.cdist(at, at)).sum(-1) / on.sum(-1)
+    found = statistics(q, q, grid=(6, 10), prefix=4)
+    torch.testing.assert_close(found.distance, wanted)
+    local = statistics(q, q, grid=(6, 10), prefix=4, pattern=Window(9))
+    assert local.distance[..., :4].abs().max() == 0 and local.distance[..., 64:].abs().max() == 0
+    assert 0 < local.distance[..., 4:64].max() < 10
 
 
 def test_a_head_that_looks_everywhere_has_the_entropy_of_all_keys_and_one_that_looks_at_itself_none():
@@ -136,6 +195,16 @@ def test_no_tensor_grows_with_the_pairs():
     assert largest[2] < 8192 * 8192 / 8
 
 
+@pytest.mark.parametrize("pattern", [None, Causal(), ~Window(8)], ids=str)
+def test_dense_attention_holds_no_more_than_a_stripe_of_scores(pattern):
+    n = 6000
+    q = torch.randn(1, 1, n, 4)
+    padding = torch.arange(n) < n - 10
+    with Largest() as mode:
+        statistics(q, q, q, pattern=pattern, mask=padding)
+    assert mode.elements < n * n / 30, mode.elements
+
+
 def test_it_agrees_with_attend_about_the_output_and_the_denominator():
     q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
     found = statistics(q, k, v, pattern=Window(17))
@@ -150,5 +219,9 @@ def test_what_it_cannot_do_is_refused_by_name():
         statistics(q, q, dropout=0.1)
     with pytest.raises(ValueError, match=r"grid \(2, 2\) holds 4 tokens, got 6"):
         statistics(q, q, grid=(2, 2))
+    with pytest.raises(ValueError, match=r"mask must be broadcastable to .* \(1, 1, 6, 6\), got \(5, 6\)"):
+        statistics(q, q, mask=torch.ones(5, 6, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"mask must be bool .*got torch.int64"):
+        statistics(q, q, mask=torch.ones(6, 6, dtype=torch.long))
     with pytest.raises(ValueError, match="k must have q's head dimension"):
         statistics(q, torch.randn(1, 1, 6, 5))

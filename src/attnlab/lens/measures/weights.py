@@ -27,7 +27,8 @@ def entropy(weights: Tensor | Recorded) -> Tensor:
     if not isinstance(weights, Tensor):
         return weights.measured("entropy", lambda w, _: entropy(w))
     _check(weights)
-    return -torch.xlogy(weights, weights).sum(-1)
+    # 1 in the place of 0 has the logarithm that is wanted, and a gradient.
+    return -(weights * weights.masked_fill(weights == 0, 1.0).log()).sum(-1)
 
 
 def normalised_entropy(weights: Tensor | Recorded, allowed: Tensor | None = None) -> Tensor:
