@@ -9,6 +9,11 @@ _HOME = {
     "attend": "attnlab.scale.operators",
     "scan": "attnlab.scale.operators",
     "Layout": "attnlab.scale.layout",
+    "parallelize": "attnlab.scale.parallelize",
+    "watch": "attnlab.scale.faults",
+    "RankLost": "attnlab.scale.faults",
+    "save": "attnlab.scale.checkpoint",
+    "resume": "attnlab.scale.checkpoint",
     "traffic": "attnlab.scale.wire",
     "simulate": "attnlab.scale.simulated",
 }
