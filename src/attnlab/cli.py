@@ -141,6 +141,9 @@ def compare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trials side by side; one per core, or one on a GPU.")
     ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Spread the trials over the Ray cluster at this address, or 'local'.")
+    ] = None,
 ) -> None:
     """Which one to use: trains all in the same network on the same data, measures, and writes a report.
 
@@ -164,7 +167,7 @@ def compare(
         console.print(f"{count}; results in {store.path}. Ctrl-C stops, the same command goes on.", highlight=False)
         try:
             with Live(ahead, workers or study.side_by_side(plan.settings["device"]), console) as live:
-                done = study.run(plan, store, command=study.command_line(), workers=workers, watch=live)
+                done = study.run(plan, store, command=study.command_line(), workers=workers, ray=ray, watch=live)
         except KeyboardInterrupt:
             left = len(study.missing(plan.jobs, store))
             console.print(

@@ -47,6 +47,12 @@ class Job:
         return train.run_trial(task, self.mechanism, self.seed, self.device, progress).record()
 
 
+def failed(job: Job, reason: str) -> dict:
+    """The record of a job that came to no end; the same command tries it again."""
+    about = {"task": job.task, "mechanism": job.mechanism, "seed": job.seed, "layout": job.layout}
+    return {**about, "points": [], "status": "failed", "reason": reason}
+
+
 @cache
 def _loaded(name: str, budget: str, data: str | None) -> Task:
     return find_task(name)(budget, data)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from attnlab.arena.jobs import Job
+from attnlab.arena.jobs import Job, failed
 
 _REPORT_EVERY = 0.1  # seconds
 
@@ -118,15 +118,7 @@ def _died(job: Job, code: int | None) -> dict:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         reason = f"the worker was killed ({name})" + (": most likely out of memory" if -code == signal.SIGKILL else "")
-    return {
-        "task": job.task,
-        "mechanism": job.mechanism,
-        "seed": job.seed,
-        "layout": job.layout,
-        "points": [],
-        "status": "failed",
-        "reason": reason,
-    }
+    return failed(job, reason)
 
 
 def _work(pipe: Connection, threads: int, load: list[str]) -> None:

@@ -7,16 +7,17 @@ import os
 import platform
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from attnlab import __version__, cards
-from attnlab.arena import jobs, measure, memory
+from attnlab.arena import cluster, jobs, measure, memory
 from attnlab.arena.jobs import Job
 from attnlab.arena.network import NONE, refuses, takes_part
 from attnlab.arena.pool import Event, perform
@@ -161,9 +162,14 @@ def run(
     *,
     command: str = "",
     workers: int | None = None,
+    ray: str | None = None,
     watch: Callable[[Event], None] = lambda event: None,
 ) -> Study:
-    """Does what the store does not hold yet: trials side by side, then sweeps with the machine to themselves."""
+    """Does what the store does not hold yet: trials side by side, then sweeps with the machine to themselves.
+
+    With `ray`, the address of a Ray cluster or "local", the trials are spread over it; the sweeps, whose costs are
+    compared, stay on this machine.
+    """
     study = Study(
         0,
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -176,15 +182,26 @@ def run(
     )
     number = store.begin(study)
     workers = side_by_side(plan.settings["device"]) if workers is None else workers
-    for todo, count, threads in (
-        # One thread per trial, however many run: the numbers must not depend on the machine's number of cores.
-        (missing(plan.trials, store), workers, 1),
-        (missing(plan.sweeps, store), min(workers, 1), cores()),
-    ):
-        for event in perform(todo, workers=count, threads=threads, load=plan.load):
-            if event.record is not None:
-                store.save(event.job.key, event.job.kind, event.record)
-            watch(event)
+
+    # One thread per trial, however many run: the numbers must not depend on the machine's number of cores.
+    def trials() -> Iterator[Event]:
+        todo = missing(plan.trials, store)
+        if ray is None or not todo:
+            yield from perform(todo, workers=workers, threads=1, load=plan.load)
+            return
+        cluster.connect(ray, workers)
+        try:
+            yield from cluster.perform(todo, threads=1, load=plan.load)
+        finally:
+            cluster.leave()
+
+    def sweeps() -> Iterator[Event]:
+        yield from perform(missing(plan.sweeps, store), workers=min(workers, 1), threads=cores(), load=plan.load)
+
+    for event in chain(trials(), sweeps()):
+        if event.record is not None:
+            store.save(event.job.key, event.job.kind, event.record)
+        watch(event)
     return store.study(number)
 
 
