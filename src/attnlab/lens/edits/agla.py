@@ -57,7 +57,11 @@ class SecondView:
             self.inputs = {"input_ids": input_ids[:, -1:]}
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         self.seen = input_ids
-        return assemble(scores, self.step().to(scores), alpha=self.alpha, beta=self.beta)
+        return self.mix(scores, self.step().to(scores))
+
+    def mix(self, logits: Tensor, others: Tensor) -> Tensor:
+        """What to sample from: `(B, K)` of both streams to one."""
+        return assemble(logits, others, alpha=self.alpha, beta=self.beta)
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -72,10 +76,12 @@ class SecondView:
         elif self.cache is not None:
             given["position_ids"] = (positions + self.shift).expand(3, -1, -1)
         before = inner.rope_deltas if shifts else None
+        if shifts and self.cache is None:
+            inner.rope_deltas = None  # a prompt without an image leaves that of the other stream
         try:
             out = self.model(**given, past_key_values=self.cache, use_cache=True, return_dict=True)
             if shifts and self.cache is None:
-                self.shift = inner.rope_deltas
+                self.shift = 0 if inner.rope_deltas is None else inner.rope_deltas
         finally:
             if shifts:
                 inner.rope_deltas = before

@@ -44,7 +44,8 @@ class DecoderEdit(Edit):
             self.token = next((t for n in _TOKENS if (t := getattr(_config(model), n, None)) is not None), None)
             if self.token is None:
                 raise ValueError(f"image must be given: the config of {type(model).__name__} names no image token")
-            yield model.register_forward_pre_hook(self._prompted, with_kwargs=True)
+            return [model.register_forward_pre_hook(self._prompted, with_kwargs=True)]
+        return []
 
     def close(self) -> None:
         self.depths, self.layers = {}, []

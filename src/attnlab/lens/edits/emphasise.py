@@ -126,10 +126,10 @@ class ImageAttention(DecoderEdit):
     by.
     """
 
-    def open(self, model: nn.Module) -> Iterable[Handle]:
+    def __init__(self, image: Tensor | None = None, *, layers: Choice = None, heads: Choice = None) -> None:
+        super().__init__(image, layers=layers, heads=heads)
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, int] = {}
-        return super().open(model)
 
     def after(self, event: Event, out: Tensor) -> None:
         depth, row = self.depth(event), event.weights()[:, :, -1]

@@ -58,7 +58,7 @@ def without_surges(divergences: Tensor, unseen: Tensor) -> Tensor:
 
 
 def aware_heads(divergences: Tensor) -> Tensor:
-    """Which heads of a layer `(…, H)` are above their median (the mean of the middle two): bool, half of them at most."""
+    """Which heads of a layer `(…, H)` are above its median (the mean of the middle two): bool, half of them at most."""
     if divergences.shape[-1] < 2:
         return torch.zeros_like(divergences, dtype=torch.bool)  # nothing is above the median of one
     middle = torch.quantile(divergences.to(torch.float32), 0.5, dim=-1, keepdim=True)
