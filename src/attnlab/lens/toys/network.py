@@ -14,7 +14,8 @@ from attnlab.positions import Rotary
 
 NOT_ASKED = -100
 
-# Prompts of one level of difficulty: ids (B, N), and what is to follow each of them (NOT_ASKED: anything).
+# Prompts of one level of difficulty: ids (B, N), and what is to follow each of them: of the last token always, of the
+# others where it is not NOT_ASKED.
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 
@@ -43,8 +44,8 @@ def fit(
 ) -> None:
     """Trains in place by AdamW on what `draw` gives, and leaves the model in eval mode.
 
-    A level gives way to the next when nine answers of ten are right: with few things to choose between, the gradient
-    finds the circuit at once; with many it first wanders on a plateau.
+    A level gives way to the next when nine of ten answers to the last token are right: with few things to choose
+    between, the gradient finds the circuit at once; with many it first wanders on a plateau.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -54,13 +55,12 @@ def fit(
     model.train()
     for _ in range(steps):
         ids, targets = draw(levels[level], rng)
-        asked = targets != NOT_ASKED
-        logits = model(ids)[asked]
-        loss = cross_entropy(logits, targets[asked])
+        logits = model(ids)
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_ASKED)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        recent = 0.8 * recent + 0.2 * (logits.argmax(-1) == targets[asked]).double().mean().item()
+        recent = 0.8 * recent + 0.2 * (logits[:, -1].argmax(-1) == targets[:, -1]).double().mean().item()
         if recent > 0.9 and level + 1 < len(levels):
             level, recent = level + 1, 0.5
     model.eval()

@@ -72,7 +72,7 @@ def train(steps: int = 250, seed: int = 0, *, heads: int = 4, dim: int = 64, siz
         told = _pairs(size, pairs, rng).view(size, pairs, 2)
         order = torch.rand(size, pairs, generator=rng).argsort(1)
         again = told.gather(1, order[..., None].expand(-1, -1, 2)).flatten(1)
-        ids = torch.cat((told.flatten(1), again), 1)
+        ids = torch.cat((told.flatten(1), again), 1)[:, :-1]
         targets = torch.full_like(ids, NOT_ASKED)
         targets[:, 2 * pairs :: 2] = again[:, 1::2]
         return ids, targets
