@@ -14,6 +14,12 @@ _HOME = {
     "steer": "attnlab.lens.steer",
     "Record": "attnlab.lens.record",
     "watch": "attnlab.lens.watch",
+    "AGLA": "attnlab.lens.edits.agla",
+    "CARVE": "attnlab.lens.edits.carve",
+    "Segmenter": "attnlab.lens.segment",
+    "VLSAM": "attnlab.lens.vl_sam",
+    "layerwise_relevance": "attnlab.lens.measures.relevance",
+    "salient_relevance": "attnlab.lens.measures.saliency",
 }
 
 __all__ = [*_HOME]

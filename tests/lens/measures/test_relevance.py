@@ -115,6 +115,19 @@ def test_a_picture_of_relevance_spans_zero_to_one_and_keeps_channels() -> None:
     assert not relevance_image(torch.full((1, 3, 2, 2), 4.0)).any()
 
 
+def test_a_vgg_as_it_comes_is_a_chain(timm) -> None:
+    layers = [8, "M", 16, "M", 16, "M", 16, "M", 16, "M"]
+    model = timm.models.vgg.VGG(cfg=layers, num_classes=7).eval()
+    for p in model.parameters():
+        if p.ndim == 1:
+            nn.init.zeros_(p)
+    x = torch.rand(1, 3, 224, 224)
+    for rule in ("official", "zplus"):
+        found = layerwise_relevance(model, x, rule=rule)
+        assert found.input.shape == x.shape and next(iter(found.layers)) == "features.0"
+        torch.testing.assert_close(found.input.sum(), found.top.sum(), rtol=1e-3, atol=0)
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
