@@ -44,8 +44,8 @@ def ask(model: Any, processor: Any, images: Sequence[Any], text: str) -> dict[st
 
 @torch.no_grad()
 def answer(model: Any, processor: Any, inputs: Mapping[str, Tensor], **generation: Any) -> str:
-    """What the model says, greedily unless `generation` (keywords of `generate`) has it otherwise."""
-    said = model.generate(**inputs, **{"do_sample": False, **generation})
+    """What the model says: greedily, up to 128 tokens, unless `generation` (keywords of `generate`) says otherwise."""
+    said = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": 128, **generation})
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return str(processor.batch_decode(said[:, start:], skip_special_tokens=True)[0]).strip()
 

@@ -35,13 +35,13 @@ def point_prompts(heat: Tensor, size: tuple[int, int], threshold: float | None =
         raise ValueError(f"heat must be (h, w), got {tuple(heat.shape)}")
     labels, count = components(heat > (heat.mean() if threshold is None else threshold))
     if not count:
-        return heat.new_zeros(0, 2), torch.zeros(0, dtype=torch.long)
+        return torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)
     inside = labels == 1 + torch.bincount(labels.flatten(), minlength=count + 1)[1:].argmax()
     cells = [heat.masked_fill(~inside, -torch.inf).argmax()]
     if not bool(inside.all()):
         cells.append(heat.masked_fill(inside, torch.inf).argmin())
     at = torch.stack(cells)
-    columns = torch.stack([at % heat.shape[1], at // heat.shape[1]], -1).to(torch.float32) + 0.5
+    columns = torch.stack([at % heat.shape[1], at // heat.shape[1]], -1).cpu().float() + 0.5
     scale = columns.new_tensor([size[1] / heat.shape[1], size[0] / heat.shape[0]])
     return columns * scale, torch.tensor([1, 0][: len(cells)])
 

@@ -141,7 +141,7 @@ class VLSAM:
         listed: list[str] = []
         for question in self.questions:
             inputs = ask(self.model, self.processor, [image], question)
-            said = answer(self.model, self.processor, inputs, **{"max_new_tokens": 128, **generation})
+            said = answer(self.model, self.processor, inputs, **generation)
             listed += [n for n in object_names(said) if n not in listed]
         return listed
 

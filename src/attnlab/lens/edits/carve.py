@@ -135,4 +135,4 @@ class CARVE:
         image = image.convert("RGB")
         refined = self.focus(image, question).refined
         inputs = ask(self.model, self.processor, [image, refined], f"{question} {self.suffix}")
-        return answer(self.model, self.processor, inputs, **generation)
+        return answer(self.model, self.processor, inputs, **{"max_new_tokens": self.tokens, **generation})
