@@ -175,6 +175,19 @@ class Host:
             route = where
         return attend(q, k, v, pattern=pattern, route=route, scale=scale, dropout=dropout, bias=bias)
 
+    def pattern(self, where: Pattern | None) -> Pattern | None:
+        """The same as one pattern: what is seen by all queries and keys of the call; None where nothing is hidden."""
+        if len(self.rows) == 1 and self.rows[0].batch is None:
+            rows, apart = self.rows[0], self.offset - self.gone
+            whole = rows.start == 0 and (rows.end >= self.nk or (self.base == "causal" and rows.end >= apart + self.nq))
+            if whole and not isinstance(self.base, Asked):
+                base = Causal().starting_at(apart) if self.base == "causal" else None
+                here = None if where is None else placed(where, self.offset, self.gone)
+                if base is None or here is None or (where is not None and _implied(where, self.base)):
+                    return base if here is None else here
+                return here & base
+        return Within(self, where)
+
     def _step(
         self, q: Tensor, k: Tensor, v: Tensor, where: Where | None, scale: float | None, dropout: float,
         bias: Tensor | None,
@@ -232,6 +245,47 @@ class Host:
     @property
     def _alike(self) -> bool:
         return len(self.rows) == 1 and self.rows[0].batch is None and not isinstance(self.base, Asked)
+
+
+@dataclass(frozen=True, eq=False)
+class Within(Pattern):
+    """What a host and `where` both allow in one call, sample by sample; equal to itself alone."""
+
+    host: Host
+    where: Pattern | None
+    per_batch = True
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __post_init__(self) -> None:
+        asked = isinstance(self.host.base, Asked) and self.host.base.heads
+        object.__setattr__(self, "per_head", asked or (self.where is not None and self.where.per_head))
+
+    def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        host = self.host
+        seen = torch.zeros(
+            torch.broadcast_shapes(b.shape, h.shape, q.shape, k.shape), dtype=torch.bool, device=q.device
+        )
+        for rows in host.rows:
+            mine = (b == b) if rows.batch is None else torch.isin(b, rows.batch.to(b.device))
+            real = (k >= rows.start) & (k < rows.end)
+            if isinstance(host.base, Asked):
+                real = real & host.base.allows(b, h, q, k)
+            elif host.base == "causal":
+                real = real & (k <= q + (host.offset - host.gone))
+            if self.where is not None:
+                real = real & placed(self.where, host.offset - rows.first, host.gone - rows.first).allows(b, h, q, k)
+            seen = seen | (mine & real)
+        return seen
+
+    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor | None:
+        if self.where is None or len({rows.first for rows in self.host.rows}) > 1:
+            return None
+        first = self.host.rows[0].first
+        return placed(self.where, self.host.offset - first, self.host.gone - first).tile_keys(tiles, nk)
+
+    def __str__(self) -> str:
+        return f"{self.where or 'all'} within what the model allows"
 
 
 def _implied(where: Pattern, base: object) -> bool:

@@ -14,11 +14,11 @@ from attnlab.routing import Route
 Where = Pattern | Route
 
 
-def spell(where: Where) -> str:
+def spell_pattern(where: Where) -> str:
     """`where` as text that `read` understands; ValueError where it holds tensors."""
     text = str(where)
     try:
-        same = read(text) == where
+        same = read_pattern(text) == where
     except ValueError:
         same = False
     if not same:
@@ -26,7 +26,7 @@ def spell(where: Where) -> str:
     return text
 
 
-def read(given: str | Mapping[str, Any]) -> Where:
+def read_pattern(given: str | Mapping[str, Any]) -> Where:
     """The pattern or route that `given` spells.
 
     Either text, a call of a class in `attnlab.patterns` or `attnlab.routing`, joined by `&`, `|` and `~`; or one such

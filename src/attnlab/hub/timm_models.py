@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnlab import cards
+from attnlab.models.skeletons.features import Features
 
 __all__ = ["TimmFeatures", "TimmNetwork", "register_timm"]
 
@@ -31,7 +32,7 @@ def register_timm() -> list[str]:
         maps = timm.create_model("attnlab/focalnet_tiny_srf", features_only=True, out_indices=(1, 2, 3))
 
     timm takes what has a slash for an address of a model hub. So each name is registered with an underscore too
-    ("attnlab_focalnet_tiny_srf", which `timm.list_models("attnlab_*")` shows), and timm's parser of names is told, once,
+    ("attnlab_focalnet_tiny_srf", which `timm.list_models("attnlab_*")` shows), and timm's parser of names is told
     that what begins with "attnlab/" is a name. There are no weights to download: `pretrained=True` raises, and
     `attnlab.hub.load_official(model.network, path)` reads the authors' checkpoints. Calling this again does no harm.
     """
@@ -150,7 +151,9 @@ class TimmNetwork(nn.Module):
     def __init__(self, network: nn.Module, facts: dict[str, Any], num_classes: int | None = None) -> None:
         super().__init__()
         self.network = network
-        channels, reductions = getattr(network, "channels", ()), getattr(network, "reductions", ())
+        ours: Any = network
+        channels: Sequence[int] = getattr(ours, "channels", ())
+        reductions: Sequence[int] = getattr(ours, "reductions", ())
         modules = _modules(network, len(channels))
         self.feature_info = _feature_info(channels, reductions, modules) if len(channels) == len(reductions) else []
         head = getattr(network, "head", None)
@@ -194,17 +197,16 @@ class TimmNetwork(nn.Module):
 class TimmFeatures(nn.Module):
     """The maps of a backbone: images → `[(B, C, h, w), …]`, as timm's `features_only=True` gives them."""
 
-    def __init__(self, features: nn.Module, facts: dict[str, Any]) -> None:
+    def __init__(self, features: Features, facts: dict[str, Any]) -> None:
         super().__init__()
         from timm.models._features import FeatureInfo
 
-        self.network: Any = features.network
-        self.out_indices: tuple[int, ...] = features.out_indices  # type: ignore[assignment]
-        every = len(self.network.channels)
-        info = _feature_info(self.network.channels, self.network.reductions, _modules(self.network, every))
+        self.network, self.out_indices = features.network, features.out_indices
+        ours: Any = self.network
+        info = _feature_info(ours.channels, ours.reductions, _modules(ours, len(ours.channels)))
         self.feature_info = FeatureInfo(info, self.out_indices)
         self.pretrained_cfg = self.default_cfg = facts
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.network.forward_features(x)
+        maps = self.network.forward_features(x)  # type: ignore[operator]
         return [maps[i] for i in self.out_indices]

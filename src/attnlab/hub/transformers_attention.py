@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from attnlab.hub.host import Asked, Host, Rows, padded, tensor_host
-from attnlab.hub.spelling import Where, read
+from attnlab.hub.spelling import Where, read_pattern
 
 NAME = "attnlab"
 # What other implementations of transformers take and this one does not.
@@ -185,9 +185,9 @@ def pattern_of(module: nn.Module) -> Where | None:
             f"attnlab_pattern must be text, such as {given}, or a table, since it is saved with the config; "
             f"got {type(given).__name__}"
         )
-    return read(given) if isinstance(given, str) else _table(json.dumps(given, sort_keys=True))
+    return read_pattern(given) if isinstance(given, str) else _table(json.dumps(given, sort_keys=True))
 
 
 @lru_cache(maxsize=256)
 def _table(text: str) -> Where:
-    return read(json.loads(text))
+    return read_pattern(json.loads(text))
