@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnlab import attend
 from attnlab.patterns import Causal, Explicit, Window
-from attnlab.weightings import Affine, Elementwise, Elu, Linear, Relu, Sigmoid, Softmax, Weighting, weighting
+from attnlab.weightings import Affine, Elementwise, Elu, Linear, Relu, Shares, Sigmoid, Softmax, Weighting, weighting
 
 SIMPLE = [Sigmoid(), Sigmoid(-1.5), Relu(), Relu(2), Elu(), Linear()]
 FORMULAS = {
@@ -51,6 +51,17 @@ def test_apply_leaves_the_scores_alone(how: Elementwise) -> None:
     kept = s.clone()
     how.apply(s, 5).add_(1.0)
     assert torch.equal(s, kept)
+
+
+def test_shares_divide_what_is_seen_by_its_sum() -> None:
+    s, seen = scores(5, 6), torch.rand(5, 6) < 0.5
+    seen[0] = False
+    ours = Shares(Elu()).weights(s, seen, 6)
+    raw = Elu().weights(s, seen, 6)
+    torch.testing.assert_close(ours, raw / (raw.sum(-1, keepdim=True) + 1e-8))
+    q, k, v = (torch.randn(1, 2, 40, 8, dtype=torch.float64) for _ in range(3))
+    how = dict(weighting=Shares(Elu()), pattern=Window(5))
+    torch.testing.assert_close(attend(q, k, v, backend="tiles", **how), attend(q, k, v, backend="reference", **how))
 
 
 @pytest.mark.parametrize("off", [0.0, 1.0, 0.3])

@@ -117,6 +117,17 @@ class Linear(Elementwise):
         return torch.ones_like(scores)
 
 
+@dataclass(frozen=True)
+class Shares(Weighting):
+    """w = f(s) / (Σ f(s) + 1e-8), f ≥ 0 the weights `of` another weighting: rows sum to one, without a softmax."""
+
+    of: Elementwise
+
+    def weights(self, scores: Tensor, seen: Tensor, keys: int) -> Tensor:
+        weights = self.of.weights(scores, seen, keys)
+        return weights / (weights.sum(-1, keepdim=True) + 1e-8)
+
+
 @dataclass(frozen=True, eq=False)
 class Affine(Weighting):
     """w = α P + (ᾱ − α)/N, P the softmax weights and N the number of keys seen (arXiv 2602.23057).

@@ -45,15 +45,9 @@ class SinkBlock(DecoderBlock):
             y = self.mixer(y, **inner)
         else:
             y, state = self.mixer(y, state=state, **inner)
-        mlp, norm2 = self.mlp, self.norm2
-        if mlp is None or norm2 is None:
-            raise ValueError("mlp must be there: these blocks have two branches")
-        if self.post_norm:
-            x = self.norm1(x + y)
-            x = norm2(x + mlp(x))
-        else:
-            x = x + y
-            x = x + mlp(norm2(x))
+        x = self.norm1(x + y) if self.post_norm else x + y
+        if self.mlp is not None and self.norm2 is not None:
+            x = self.norm2(x + self.mlp(x)) if self.post_norm else x + self.mlp(self.norm2(x))
         return x if state is None else (x, state)
 
 
@@ -152,7 +146,7 @@ class SinkLM(Decoder):
     (sail-sg/Attention-Sink).
 
     Args:
-        ffn: "swiglu", "geglu" or "reglu", gated; "swish", "gelu" or "relu", not.
+        ffn: "swiglu", "geglu" or "reglu", gated; "swish", "gelu" or "relu", not; or "none".
         position: of the `Decoder`, or "relative" (T5's learned buckets), or "sinusoid", added to the embeddings.
         window: each token sees so many, with itself; all before it if None.
         prefix: the first tokens that all see, and each other: a prefix language model. It has no state then, and
@@ -181,8 +175,8 @@ class SinkLM(Decoder):
         mixer_options: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> None:
-        if ffn not in GATED and ffn not in PLAIN:
-            raise ValueError(f"ffn must be one of {', '.join([*GATED, *PLAIN])}, got {ffn!r}")
+        if ffn not in (known := [*GATED, *PLAIN, "none"]):
+            raise ValueError(f"ffn must be one of {', '.join(known)}, got {ffn!r}")
         if variant not in ("paper", "release"):
             raise ValueError(f"variant must be 'paper' or 'release', got {variant!r}")
         if window is not None and prefix:
@@ -195,7 +189,9 @@ class SinkLM(Decoder):
             place = CoarseRotary(keywords.get("head_dim") or dim // heads, base=keywords.get("rope_base", 10000.0))
         pattern: Pattern | None = Window(window) if window is not None else Prefix(prefix) if prefix else None
 
-        def mlp(_: int) -> nn.Module:
+        def mlp(_: int) -> nn.Module | None:
+            if ffn == "none":
+                return None
             if ffn in GATED:
                 return GLU(dim, width, GATED[ffn], bias=bias)
             return MLP(dim, width, activation=PLAIN[ffn], bias=bias)
@@ -225,7 +221,7 @@ class SinkLM(Decoder):
     def _initialise(self, swiglu: bool) -> None:
         """Weights N(0, 2/5 · 1/inputs); what leaves a SwiGLU N(0, 1/inputs) divided by the depth."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
                 last = swiglu and name.endswith("mlp.w2")
                 inputs = module.weight.shape[1]
                 nn.init.normal_(module.weight, std=inputs**-0.5 / len(self.blocks) if last else (0.4 / inputs) ** 0.5)

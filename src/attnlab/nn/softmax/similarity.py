@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import pad
 
 from attnlab.attend import attend
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
@@ -13,7 +12,7 @@ from attnlab.nn.cache import KVCache
 from attnlab.nn.decode import attend_one
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern
-from attnlab.weightings import Elementwise, Elu, Sigmoid
+from attnlab.weightings import Elementwise, Elu, Shares, Sigmoid, Weighting
 
 SIMILARITIES: dict[str, Elementwise] = {"sigmoid": Sigmoid(0.0), "elu": Elu()}
 
@@ -37,15 +36,14 @@ class SimilarityAttention(MultiHead):
 
         y_i = Wo · Σ_j f(s_ij) v_j  [/ (Σ_j f(s_ij) + 1e-8) if normalised]        s_ij = q_i·k_j/√D + position
 
-    x `(B, N, C)` → `(B, N, C)`; O(N²) time. A masked pair weighs exactly 0. The sum of a row is one more channel of the
-    values. Not normalised, keys do not compete and no attention sink forms, in the paper up to 1B parameters; with
-    `normalise=True` one does. f = σ without normalisation is `SigmoidAttention(shift=0.0)`. Source: arXiv 2410.10781
-    (sail-sg/Attention-Sink).
+    x `(B, N, C)` → `(B, N, C)`; O(N²) time. A masked pair weighs exactly 0. Not normalised, keys do not compete and no
+    attention sink forms, in the paper up to 1B parameters; with `normalise=True` one does. f = σ without normalisation
+    is `SigmoidAttention(shift=0.0)`. Source: arXiv 2410.10781 (sail-sg/Attention-Sink).
 
     Args:
         similarity: f: "sigmoid", "elu" (elu(s) + 1), or any `Elementwise` of `attnlab.weightings`.
         normalise: rows of weights sum to one (f must not be negative then).
-        Others as for `MultiHead`; of normalised rows, dropout drops weights before they are summed.
+        Others as for `MultiHead`.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class SimilarityAttention(MultiHead):
             similarity = SIMILARITIES[similarity]
         if not isinstance(similarity, Elementwise):
             raise TypeError(f"similarity must be a name or an Elementwise, got {type(similarity).__name__}")
-        self.similarity, self.normalise = similarity, normalise
+        self.weighting: Weighting = Shares(similarity) if normalise else similarity
 
     def mix(
         self,
@@ -71,14 +69,10 @@ class SimilarityAttention(MultiHead):
         offset: int = 0,
         state: KVCache | None = None,
     ) -> Tensor:
-        if self.normalise:
-            v = pad(v, (0, 1), value=1.0)
         how: dict[str, Any] = dict(
-            weighting=self.similarity, bias=self.position_bias(q, k, offset),
+            weighting=self.weighting, bias=self.position_bias(q, k, offset),
             dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
         if pattern is None and q.shape[2] == 1:
-            y = attend_one([(q, k, v)], **how)
-        else:
-            y = attend(q, k, v, pattern=pattern, **how)
-        return y[..., :-1] / (y[..., -1:] + 1e-8) if self.normalise else y
+            return attend_one([(q, k, v)], **how)
+        return attend(q, k, v, pattern=pattern, **how)
