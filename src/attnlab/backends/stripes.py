@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attnlab.problem import Bias, Problem
 
-# Scores per stripe: about what stays in the cache of a processor, and what keeps an accelerator busy.
-_HERE, _THERE = 2**19, 2**25
+# Scores per stripe: enough for products to be fast, on a processor and on an accelerator.
+_HERE, _THERE = 2**21, 2**25
 # What hides a pair where scores are finite: with it, weight times logarithm is 0 without asking.
 _LOW = -1e30
 
