@@ -109,8 +109,7 @@ class Grids:
 
 def _readers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Reader]]:
     """For each module that knows a grid: the name of the part of the model that it speaks for, itself, and how."""
-    modules = dict(model.named_modules())
-    module: Any
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, module in modules.items():
         patches: Any = getattr(module, "patch_embed", None)
         if isinstance(patches, nn.Module) and hasattr(patches, "grid_size") and hasattr(module, "num_prefix_tokens"):
@@ -119,8 +118,9 @@ def _readers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Reader]]:
         home = type(module).__module__.split(".")[0]
         if home == "diffusers":
             patches = getattr(module, "pos_embed", None)
-            if isinstance(patches, nn.Module) and isinstance(getattr(patches, "patch_size", None), int):
-                yield name, patches, _patches(patches.patch_size, 0, f"{name or 'the model'}'s patches")
+            side = getattr(patches, "patch_size", None)
+            if isinstance(patches, nn.Module) and isinstance(side, int):
+                yield name, patches, _patches(side, 0, f"{name or 'the model'}'s patches")
             else:
                 yield name, module, _map(name)
         elif home == "transformers" and hasattr(module, "patch_size") and hasattr(module, "num_patches"):

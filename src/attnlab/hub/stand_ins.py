@@ -36,7 +36,7 @@ class StandIn(nn.Module):
         keywords: dict[str, Any] = {} if context is None else {"context": context}
         if self.grids is not None:
             keywords["grid"] = self._grid(x.shape[1])
-        pattern = _pattern(host, self.mixer.causal, state is not None)
+        pattern = _pattern(host, self.mixer.causal, isinstance(state, HostCache))
         if pattern is not None:
             keywords["pattern"] = pattern
         try:
@@ -69,17 +69,29 @@ class TimmStandIn(StandIn):
         return self.out_dropout(self.mix(x, host))
 
 
+class _Foreign(torch.Tensor):
+    """A tensor of no kind that torch's shortcuts know."""
+
+
 class TorchStandIn(StandIn):
     """Called as `nn.MultiheadAttention`: `(query, key, value, …)` → (y, None), weights wanted or not."""
 
-    # What transformer layers of torch ask before they take a path of their own around this module.
-    batch_first = False
-    _qkv_same_embed_dim = False
-    in_proj_bias = None
+    _qkv_same_embed_dim = False  # or torch's layers would take a path of their own around this module
 
     def __init__(self, mixer: Mechanism, old: nn.MultiheadAttention, read: Old, name: str, grids: Grids | None) -> None:
         super().__init__(mixer, old, read, name, grids)
-        self.batch_leads = old.batch_first
+        self.batch_first = old.batch_first
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """A tensor that torch's encoder may look at, and that keeps it from the same path."""
+        return next(self.mixer.parameters()).as_subclass(_Foreign)
+
+    in_proj_bias = in_proj_weight
+
+    @property
+    def out_proj(self) -> Any:
+        return getattr(self.mixer, "wo", None)
 
     def forward(
         self,
@@ -92,18 +104,18 @@ class TorchStandIn(StandIn):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        if query.dim() != 3:
+        if query.dim() != 3 or query.is_nested:
             raise ValueError(f"query must be a batch, (B, N, C) or (N, B, C), got {tuple(query.shape)}")
         if key is not value and not torch.equal(key, value):
             raise ValueError("key and value must be the same tokens: the mechanism that stands here takes one context")
-        x, context = (t if self.batch_leads else t.transpose(0, 1) for t in (query, key))
+        x, context = (t if self.batch_first else t.transpose(0, 1) for t in (query, key))
         same = query is key
         _agree(self, is_causal)
         mask = _torch_mask(attn_mask, key_padding_mask, len(x))
         causal = mask is None and self.mixer.causal
         host = tensor_host(mask, causal, len(x), x.shape[1], context.shape[1], crossing=not same)
         y = self.mix(x, host, None if same else context)
-        return (y if self.batch_leads else y.transpose(0, 1)), None
+        return (y if self.batch_first else y.transpose(0, 1)), None
 
 
 def _torch_mask(mask: Tensor | None, padding: Tensor | None, batch: int) -> Tensor | None:
@@ -134,6 +146,12 @@ class TransformersStandIn(StandIn):
         super().__init__(mixer, old, read, name, grids)
         self.parameters_of_old = tuple(inspect.signature(old.forward).parameters)
         self._states: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_states": None}  # states go with their caches, which are not saved
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_states": weakref.WeakKeyDictionary()})
 
     def forward(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, None]:
         given = {**dict(zip(self.parameters_of_old, arguments, strict=False)), **keywords}
