@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from attnlab.lens.tap import Subscriber, _taps
+from attnlab.lens.subscriber import Subscriber
+from attnlab.lens.tap import _taps
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnlab.cards import LENS, Card, register
 from attnlab.lens.aside import shown
 from attnlab.lens.edits.decoder import DecoderEdit, cached, taken
-from attnlab.lens.tap import Handle
+from attnlab.lens.subscriber import Handle
 from attnlab.patterns import Pattern
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnlab.lens.aside import shown
 from attnlab.lens.event import Event
 from attnlab.lens.steer import Edit
-from attnlab.lens.tap import Handle
+from attnlab.lens.subscriber import Handle
 from attnlab.lens.where import Choice, chosen
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnlab.cards import LENS, Card, register
 from attnlab.lens.edits.decoder import DecoderEdit
 from attnlab.lens.event import Event
-from attnlab.lens.tap import Handle
+from attnlab.lens.subscriber import Handle
 from attnlab.lens.where import Choice
 
 

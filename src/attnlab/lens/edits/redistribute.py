@@ -12,7 +12,7 @@ from attnlab.cards import LENS, Card, register
 from attnlab.lens.aside import shown
 from attnlab.lens.edits.decoder import DecoderEdit
 from attnlab.lens.event import Event
-from attnlab.lens.tap import Handle
+from attnlab.lens.subscriber import Handle
 from attnlab.lens.where import Choice
 
 # The massive dimensions of the language models on which the paper works.

@@ -13,7 +13,7 @@ from attnlab.lens.aside import aside, shown
 from attnlab.lens.edits.decoder import DecoderEdit, cached, taken
 from attnlab.lens.event import Event
 from attnlab.lens.measures.divergence import aware_heads, divergence, token_divergence, without_surges
-from attnlab.lens.tap import Handle
+from attnlab.lens.subscriber import Handle
 from attnlab.lens.where import Choice
 
 
