@@ -14,46 +14,42 @@ from attnlab.scale.wire import AGREEMENT, Wire
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def lengths(wire: Wire, tensors: Mapping[str, Tensor | None], choices: Sequence[object], axis: int = 2) -> list[int]:
-    """How many tokens each rank holds; ValueError or TypeError, the same on all ranks, if they do not fit together.
+def lengths(
+    wire: Wire, tensors: Mapping[str, Tensor | None], choices: Sequence[object], layout: Layout | None
+) -> dict[str, list[int]]:
+    """Of each tensor, how many tokens (axis 2) each rank holds; an error on all ranks if they do not fit together.
 
-    Compared are the dtypes and shapes of `tensors` (all but the sequence, `axis`) and `choices`, by what they print.
-    The ranks of one kind of call are asked once: a small all-gather of numbers.
+    Compared are dtypes, shapes but for the tokens, and `choices`, by what they print: a small all-gather of numbers.
+    With a layout, which says what the others hold, the ranks are asked once for each kind of call; without one always.
     """
     named = {name: x for name, x in tensors.items() if x is not None}
-    key = (*((n, x.dtype, tuple(x.shape)) for n, x in named.items()), repr(choices))
-    known = next((a for a in wire.agreed if isinstance(a, _Agreed) and a.key == key), None)
-    if known is not None:
-        return known.lengths
-    numbers = [int.from_bytes(hashlib.sha256(repr(choices).encode()).digest()[:7], "big")]
+    key = (*((n, x.dtype, tuple(x.shape)) for n, x in named.items()), repr((*choices, layout)))
+    if layout is not None and key in wire.agreed:
+        return wire.agreed[key]
+    text = repr((*choices, layout)).encode()
+    numbers = [int.from_bytes(hashlib.sha256(text).digest()[:7], "big")]
     for x in tensors.values():
         shape = [] if x is None else list(x.shape)
         code = -1 if x is None else _DTYPES.index(x.dtype) if x.dtype in _DTYPES else len(_DTYPES)
         numbers += [code, len(shape), *(shape + [0] * 5)[:5]]
     device = next(iter(named.values())).device
     rows = [t.tolist() for t in wire.all_gather(torch.tensor(numbers, device=device), AGREEMENT)]
+    found = {}
     for i, name in enumerate(tensors):
         at = 1 + 7 * i
         codes = [row[at] for row in rows]
         if len(set(codes)) > 1:
-            said = [_dtype(c) for c in codes]
-            raise TypeError(
-                f"{name} must have one dtype on all ranks, got {', '.join(said)} on ranks 0 to {len(rows) - 1}"
-            )
+            said = ", ".join(_dtype(code) for code in codes)
+            raise TypeError(f"{name} must have one dtype on all ranks, got {said} on ranks 0 to {wire.size - 1}")
         shapes = [tuple(row[at + 2 : at + 2 + row[at + 1]]) for row in rows]
-        others = {s[:axis] + s[axis + 1 :] for s in shapes}
-        if len(others) > 1:
-            raise ValueError(f"{name} must have one shape on all ranks but for the tokens on axis {axis}, got {shapes}")
+        if len({s[:2] + s[3:] for s in shapes}) > 1:
+            raise ValueError(f"{name} must have one shape on all ranks but for the tokens on axis 2, got {shapes}")
+        found[name] = [row[at + 4] for row in rows]
     if len({row[0] for row in rows}) > 1:
         raise ValueError(f"all ranks must ask for the same; rank {wire.rank} asks for {', '.join(map(str, choices))}")
-    found = [row[3 + axis] for row in rows]
-    wire.agreed.add(_Agreed(key, found))
+    if layout is not None:
+        wire.agreed[key] = found
     return found
-
-
-class _Agreed:
-    def __init__(self, key: tuple[object, ...], lengths: list[int]) -> None:
-        self.key, self.lengths = key, lengths
 
 
 def _dtype(code: int) -> str:

@@ -57,8 +57,10 @@ def _beginning(layout: Layout, at: int) -> tuple[int, int]:
 
 
 def tokens_before(x: Tensor, wire: Wire, layout: Layout, count: int) -> Tensor:
-    """The `count` tokens before each piece, in order: `(P, B, count, C)`, differentiable. Sends R · P · B · count · C."""
+    """The `count` tokens before each piece, `(P, B, count, C)`, differentiable. Sends (R − 1) · P · B · count · C."""
     shortest = min(b - a for held in layout.pieces for a, b in held)
     if shortest < count:
-        raise ValueError(f"every piece must hold at least the {count} tokens that the next one looks back at, got {shortest}")
+        raise ValueError(
+            f"every piece must hold at least the {count} tokens that the next one looks back at, got {shortest}"
+        )
     return _Before.apply(x, wire, layout, count)

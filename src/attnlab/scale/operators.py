@@ -79,9 +79,9 @@ def attend(
         raise ValueError(f"kv_chunk must be positive and goes with ring or allgather, got {kv_chunk} for {method}")
     if method in ("ulysses", "heads"):
         heads_of(ranks, q.shape[1], k.shape[1])
-    choices = ("attend", method, pattern, layout, kv_layout, scale, kv_chunk)
-    held = agree.lengths(ranks, {"k": k, "v": v}, choices)
-    rows = agree.lengths(ranks, {"q": q}, ())
+    choices = ("attend", method, pattern, kv_layout, scale, kv_chunk, return_lse)
+    found = agree.lengths(ranks, {"q": q, "k": k, "v": v}, choices, layout)
+    rows, held = found["q"], found["k"]
     asked = pattern or Full()
     if method == "heads":
         if len({*rows}) > 1 or len({*held}) > 1:
@@ -165,7 +165,7 @@ def scan(
         causal,
         return_state,
     )
-    held = agree.lengths(ranks, {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}, choices)
+    held = agree.lengths(ranks, {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}, choices, layout)["q"]
     mine = agree.fitting(layout, held, ranks.size)
     if min(held) < 1:
         raise ValueError(f"every rank must hold at least one token, got {list(held)}")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 
 from attnlab.lens.event import Event
 from attnlab.lens.subscriber import Handle, Subscriber
@@ -70,10 +71,9 @@ def parallelize(
 
 def _divides(model: nn.Module, ranks: int) -> None:
     config = getattr(model, "config", None)
-    found = [m.heads for m in model.modules() if isinstance(getattr(m, "heads", None), int)]
-    found += [n for n in [getattr(config, "num_attention_heads", None)] if isinstance(n, int)]
-    for heads in found:
-        if heads % ranks:
+    found: list[Any] = [getattr(m, "heads", None) for m in model.modules()]
+    for heads in (*found, getattr(config, "num_attention_heads", None)):
+        if isinstance(heads, int) and heads % ranks:
             raise ValueError(f"heads must be a multiple of the {ranks} ranks for ulysses, got {heads}")
 
 
@@ -135,7 +135,9 @@ class ContextParallel(nn.Module):
         targets = F.pad(ids[:, 1:], (0, 1), value=ignore)
         mine = self.shard(targets)
         if logits.shape[:2] != mine.shape:
-            raise ValueError(f"outputs must be logits of this rank's {tuple(mine.shape)} tokens, got {tuple(logits.shape)}")
+            raise ValueError(
+                f"outputs must be logits of this rank's {tuple(mine.shape)} tokens, got {tuple(logits.shape)}"
+            )
         wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         share = F.cross_entropy(wide, mine.flatten(), ignore_index=ignore, reduction="sum")
         return _Total.apply(share / (targets != ignore).sum().clamp_min(1), self.wire)
@@ -169,15 +171,29 @@ class ContextParallel(nn.Module):
             self.open()
             for module in training:
                 module.training = True
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):  # what a forward alone leaves gathered, no optimizer must find
+                    module.reshard()
         whole, mine = (x.logits if hasattr(x, "logits") else x for x in (whole, mine))
         wanted = self.shard(whole)
         off = float((mine - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
         worst = float(torch.stack(self.wire.all_gather(torch.tensor([off], device=device))).max())
         if not worst <= (1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.1):
             raise ValueError(
-                f"model: {type(self.model).__name__} gives other results over ranks (off by {worst:.1e}); some part of it "
-                "mixes tokens otherwise than by attention, attnlab's scan or a short convolution"
+                f"model: {type(self.model).__name__} gives other results over ranks (off by {worst:.1e}); some part "
+                "of it mixes tokens otherwise than by attention, attnlab's scan or a short convolution"
             )
+
+
+def _window(module: Any) -> int | None:
+    """The sliding window of an attention module of transformers, which keeps it itself or leaves it in the config."""
+    config = getattr(module, "config", None)
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    if kinds is not None and index is not None and kinds[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 @lru_cache(64)
@@ -271,8 +287,7 @@ class _Spread(Subscriber):
             pattern = event.pattern or Full()
             return pattern & Causal() if event.is_causal else pattern
         module: Any = event.module
-        causal = getattr(module, "is_causal", event.is_causal)
-        window = getattr(module, "sliding_window", None)
+        causal, window = getattr(module, "is_causal", event.is_causal), _window(module)
         if window:
             return Window(int(window), causal=bool(causal))
         return Causal() if causal else Full()

@@ -58,7 +58,7 @@ class Wire(ABC):
 
     def __init__(self) -> None:
         self.traffic = Traffic()
-        self.agreed: set[object] = set()  # what all ranks were found to agree about
+        self.agreed: dict[object, dict[str, list[int]]] = {}  # the lengths of what all ranks were found to agree about
 
     def exchange(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]

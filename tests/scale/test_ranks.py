@@ -1,0 +1,34 @@
+"""The same on real processes that talk by gloo, two and four of them: one launch for all checks of `ranks.py`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CHECKS = {
+    2: ("attention", "models", "counts"),
+    4: ("attention", "scans", "models", "training", "checkpoints", "counts", "refusals"),
+}
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory):
+    """The folder in which each rank of a group of so many says what it found."""
+    folders, running = {}, {}
+    for world, names in CHECKS.items():
+        folders[world] = tmp_path_factory.mktemp(f"ranks{world}")
+        command = [sys.executable, str(HERE / "ranks.py"), str(folders[world]), str(world), *names]
+        running[world] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = {world: process.communicate(timeout=240)[0] for world, process in running.items()}
+    return folders, said
+
+
+@pytest.mark.parametrize(("world", "check"), [(w, c) for w, names in CHECKS.items() for c in names])
+def test_ranks_agree_with_one_process(groups, world: int, check: str) -> None:
+    folders, said = groups
+    for rank in range(world):
+        found = folders[world] / f"{check}.{rank}"
+        assert found.exists(), f"rank {rank} did not come to {check}: {said[world][-3000:]}"
+        assert not found.read_text(), f"rank {rank}: {found.read_text()}"
