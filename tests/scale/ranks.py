@@ -7,6 +7,7 @@ import copy
 import itertools
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -266,22 +267,109 @@ def refusals(world):
         raise AssertionError("a selective scan is not spread")
 
 
+def fault(kind, lost):
+    """Rank `lost` dies or hangs in the third step; every other rank learns who it is, in time."""
+    model = Decoder(vocabulary=50, dim=32, depth=1, heads=4)
+    parallel = scale.parallelize(model, dist.group.WORLD)
+    ids = torch.randint(50, (2, 33), generator=torch.Generator().manual_seed(0))
+    path = Path(os.environ["FOLDER"]) / f"{kind}.time"
+    try:
+        with scale.watch(dist.group.WORLD, timeout=TIMEOUT):
+            for step in range(1000):
+                if step == 2 and dist.get_rank() == lost:
+                    path.write_text(str(time.time()))
+                    if kind == "hangs":
+                        time.sleep(1.2 * TIMEOUT)
+                    os._exit(9)
+                parallel.loss(parallel(ids), ids).backward()
+                parallel.average_gradients()
+    except scale.RankLost as error:
+        assert error.ranks == (lost,), error
+        assert f"rank {lost} lost" in str(error)
+        took = time.time() - float(path.read_text())
+        assert took < TIMEOUT, f"after {took:.1f} s"
+    else:
+        raise AssertionError("nobody was missed")
+
+
+def dies(world):
+    fault("dies", 0)
+
+
+def hangs(world):
+    fault("hangs", 2)
+
+
+def interrupted(world):
+    """Training goes on from the last checkpoint, in new processes, to where it would have come."""
+    ids = torch.randint(50, (8, 2, 33), generator=torch.Generator().manual_seed(0))
+
+    def new():
+        torch.manual_seed(2)
+        model = Decoder(vocabulary=50, dim=32, depth=1, heads=4).double()  # AdamW makes much of rounding
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    folder = Path(os.environ["FOLDER"]) / "interrupted"
+    first = not (folder / "begun").exists()
+    dist.barrier()
+    folder.mkdir(exist_ok=True)
+    (folder / "begun").touch()
+    model, optimizer = new()
+    parallel = scale.parallelize(model, dist.group.WORLD)
+    begin = scale.resume(folder, model, optimizer)["step"]
+    assert begin == (0 if first else 4)
+    with scale.watch(dist.group.WORLD, timeout=TIMEOUT):
+        for step in range(begin, len(ids)):
+            if first and step == 5 and dist.get_rank() == 1:
+                os._exit(9)
+            optimizer.zero_grad()
+            parallel.loss(parallel(ids[step]), ids[step]).backward()
+            parallel.average_gradients()
+            optimizer.step()
+            if step % 2 == 1:
+                scale.save(folder, step + 1, model, optimizer)
+    alone, plain = new()
+    for batch in ids:
+        plain.zero_grad()
+        loss_of(alone, batch).backward()
+        plain.step()
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-8 * b.abs().max()
+
+
+TIMEOUT = 6.0
+ALONE = ("dies", "hangs", "interrupted")  # each in processes of its own, which it may lose
+
+
 def start(rank, world, folder, names, port):
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FOLDER=str(folder))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    os.environ.update(FOLDER=str(folder))
+    # As under torchrun, the store is not a rank's own.
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     for name in names:
         try:
-            with scale.watch(timeout=40):
+            if name in ALONE:
                 globals()[name](world)
+            else:
+                with scale.watch(timeout=40):
+                    globals()[name](world)
             said = ""
         except BaseException:
             said = traceback.format_exc()
         (folder / f"{name}.{rank}").write_text(said)
-        if said:
-            os._exit(1)  # the others would wait for ever
+        if said or name in ALONE:
+            os._exit(bool(said))  # the others may wait for ever
         dist.barrier()
     dist.destroy_process_group()
+
+
+def launch(folder, world, names):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = (world, Path(folder), names, store.port)
+    context = mp.start_processes(start, given, nprocs=world, join=False, start_method="fork")
+    for process in context.processes:
+        process.join()
 
 
 def main(folder, world, *names):
@@ -303,10 +391,14 @@ def main(folder, world, *names):
                 getattr(transformers, name)  # imported once, before the processes part
         except ImportError:
             pass
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = store.port
-    del store
-    mp.start_processes(start, (int(world), Path(folder), names, port), nprocs=int(world), start_method="fork")
+    together = [name for name in names if name not in ALONE]
+    if together:
+        launch(folder, int(world), together)
+    for name in names:
+        if name in ALONE:
+            launch(folder, int(world), [name])
+            if name == "interrupted":
+                launch(folder, int(world), [name])
 
 
 if __name__ == "__main__":

@@ -9,8 +9,20 @@ import pytest
 HERE = Path(__file__).parent
 CHECKS = {
     2: ("attention", "models", "counts"),
-    4: ("attention", "scans", "models", "training", "checkpoints", "counts", "refusals"),
+    4: (
+        "attention",
+        "scans",
+        "models",
+        "training",
+        "checkpoints",
+        "counts",
+        "refusals",
+        "dies",
+        "hangs",
+        "interrupted",
+    ),
 }
+LOST = {"dies": 0, "hangs": 2}  # who does not live to tell
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +40,7 @@ def groups(tmp_path_factory):
 @pytest.mark.parametrize(("world", "check"), [(w, c) for w, names in CHECKS.items() for c in names])
 def test_ranks_agree_with_one_process(groups, world: int, check: str) -> None:
     folders, said = groups
-    for rank in range(world):
+    for rank in (r for r in range(world) if r != LOST.get(check)):
         found = folders[world] / f"{check}.{rank}"
         assert found.exists(), f"rank {rank} did not come to {check}: {said[world][-3000:]}"
         assert not found.read_text(), f"rank {rank}: {found.read_text()}"
