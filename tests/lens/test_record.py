@@ -86,9 +86,24 @@ def test_statistics_of_a_generation_are_those_of_its_one_matrix():
     assert Record("stats", steps)[0, 1].entropy.shape == (2, 5)
 
 
+def test_a_cache_of_fixed_length_is_followed_by_where_its_queries_stand():
+    steps = [entry(step=0, nq=4, nk=4), entry(step=1, nq=1, nk=9), entry(step=2, nq=1, nk=9)]
+    for e, offset in zip(steps, (0, 4, 5), strict=True):
+        e.offset = offset
+    assert Record("weights", steps)[0].shape == (2, 3, 6, 9)
+
+
 def test_one_query_at_a_time_to_the_same_keys_is_one_matrix_too():
-    record = Record("weights", [entry(kind="cross", step=s, nq=1, nk=6) for s in range(3)])
-    assert record[0].shape == (2, 3, 3, 6)
+    steps = [entry(kind="cross", step=s, nq=1, nk=6) for s in range(3)]
+    cached = [entry(1, step=s, nq=1, nk=s + 1) for s in range(3)]
+    assert Record("weights", steps)[0].shape == (2, 3, 3, 6)
+    assert Record("weights", steps + cached)[0].shape == (2, 3, 3, 6)
+
+
+def test_one_query_that_pools_each_of_several_inputs_is_not_joined():
+    pools = [entry(1, kind="cross", step=s, nq=1, nk=6) for s in range(2)]
+    with pytest.raises(ValueError, match=r"passes over blocks.1.attn do not continue each other"):
+        Record("weights", [*pools, *(entry(0, step=s, nq=6, nk=6) for s in range(2))])[1]
 
 
 def test_passes_that_do_not_continue_each_other_are_not_joined():

@@ -99,8 +99,8 @@ def test_the_weights_of_a_timm_vit_are_those_it_computes_unfused(timm):
     same_statistics(watched(lambda: model(image), model, keep="stats", grid=(3, 3)), record)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_generation_by_a_llama_is_one_matrix_equal_to_that_of_the_whole_text(transformers, padded):
+@pytest.mark.parametrize(("padded", "cache"), [(False, None), (True, None), (False, "static"), (True, "static")])
+def test_generation_by_a_llama_is_one_matrix_equal_to_that_of_the_whole_text(transformers, padded, cache):
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None, initializer_range=0.3,
@@ -111,12 +111,16 @@ def test_generation_by_a_llama_is_one_matrix_equal_to_that_of_the_whole_text(tra
     said = []
 
     def generate():
-        text = model.generate(ids, attention_mask=seen, max_new_tokens=4, do_sample=False)
+        text = model.generate(
+            ids, attention_mask=seen, max_new_tokens=4, do_sample=False, cache_implementation=cache,
+            disable_compile=True,
+        )  # fmt: skip
         said.append(text)
 
     record = watched(generate, model)
     assert record.steps == (0, 1, 2, 3) and record[1].shape == (2, 4, 8, 8) and record[1, 3].shape == (2, 8, 8)
-    assert record.step(2)[0].shape == (2, 4, 1, 7)
+    assert record.step(2)[0].shape == (2, 4, 1, 8 if cache else 7)
+    assert [e.offset for e in record.of(0)] == [0, 5, 6, 7]
     same_statistics(watched(generate, model, keep="stats"), record)
     text = said[0][:, :8]
     mask = torch.cat([seen, torch.ones(2, 3, dtype=torch.long)], 1)

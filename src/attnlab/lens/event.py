@@ -92,7 +92,15 @@ class Event:
     @property
     def offset(self) -> int:
         """The position of the first query: with a cache, the keys that were there before."""
-        return max(self.k.shape[2] - self.q.shape[2], 0) if self.kind == "self" and not self.is_causal else 0
+        nq, nk = self.q.shape[2], self.k.shape[2]
+        if self.kind != "self" or self.is_causal or nk <= nq:
+            return 0
+        if self.mask is not None and self.mask.shape[-1] == nk:
+            # A cache of fixed length has places that are not written yet, where nobody may look.
+            seen = self.mask if self.mask.dtype is torch.bool else _open(self.mask)
+            written = seen.reshape(-1, nk).any(0).nonzero()
+            nk = int(written[-1]) + 1 if len(written) else nk
+        return max(nk - nq, 0)
 
     @property
     def causal(self) -> bool:

@@ -45,12 +45,12 @@ class Entry:
     kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def continues(self, before: Entry) -> bool:
-        """Whether its queries follow those of `before`: a longer cache, or one more query to the same keys."""
-        if (self.kind, self.heads) != (before.kind, before.heads) or self.index != before.index:
+        """Whether its queries stand right behind those of `before`; in cross attention, one more to the same keys."""
+        if (self.kind, self.heads, self.index) != (before.kind, before.heads, before.index):
             return False
-        if self.kind == "self" and self.nk == before.nk + self.nq:
-            return True
-        return self.nq == 1 and self.nk == before.nk > 1
+        if self.kind == "self":
+            return self.offset == before.offset + before.nq
+        return self.nq == 1 and self.nk == before.nk
 
 
 class Record:
@@ -262,7 +262,9 @@ class Record:
                 calls = _listed(sorted({e.index for e in entries}))
                 raise ValueError(f"{name} was called several times in a pass: choose by record.call(…) among {calls}")
             steps = _listed(sorted({e.step for e in entries}))
-            if not all(b.continues(a) for a, b in pairwise(entries)):
+            # What others did in a step tells a query that is generated from one that pools a new input.
+            anew = {e.step for e in self.entries if e.kind == "self" and e.offset == 0}
+            if not all(b.continues(a) and b.step not in anew for a, b in pairwise(entries)):
                 raise ValueError(
                     f"passes over {name} do not continue each other: choose by record.step(…) among {steps}"
                 )
