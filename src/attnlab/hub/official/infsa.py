@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from attnlab.hub.official import official
+from attnlab.hub.official.vit import flat
+from attnlab.hub.renaming import Rule, load
+from attnlab.hub.renaming import rename as renamed_by
+from attnlab.models.vision.infvit import InfViT
 from attnlab.nn.linear.infinite import (
     InfiniteAttention,
     LinearInfiniteAttention,
@@ -76,3 +80,55 @@ class InfSAAttention:
         if isinstance(module.inner, LinearInfiniteAttention):
             weights = weights[..., :1, :].mT  # one row for all: the authors return it once, as a column
         return {"y": y, "weights": weights}
+
+
+_TORCHVISION: tuple[Rule, ...] = (
+    (r"^conv_proj\.", "patches."),
+    (r"^encoder\.pos_embedding$", "positions.table"),
+    (r"^encoder\.ln\.", "encoder.norm."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"encoder.blocks.\1."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+    (r"^heads\.head\.", "head."),
+)
+
+
+@official(_REPOSITORY, "VisionTransformer", ours=InfViT)
+class ConvertedViT:
+    """Images to logits: torchvision's vision transformer after the repository's `convert`, which is its InfViT."""
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in renamed_by(params, _TORCHVISION).items():
+            block, inside, rest = name.partition(".self_attention.")
+            if inside:
+                layers.setdefault(block, {})[rest] = tensor
+            else:
+                found[name] = tensor
+        for block, attention in layers.items():
+            found |= {f"{block}.mixer.{n}": t for n, t in InfSAAttention.rename(attention).items()}
+        return flat(found)
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> InfViT:
+        dim, channels, patch = params["conv_proj.weight"].shape[:3]
+        model = InfViT(
+            dim=dim,
+            depth=arguments["num_layers"],
+            heads=arguments["num_heads"],
+            linear=arguments.get("variant", "pure_infsa") == "linear_infsa",
+            image=arguments.get("image_size", 224),
+            patch=patch,
+            in_channels=channels,
+            mlp_ratio=arguments["mlp_dim"] / dim,
+            num_classes=len(params["heads.head.weight"]),
+        )
+        load(model, ConvertedViT.rename(params))
+        return model.eval()
+
+    @staticmethod
+    def run(module: InfViT, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": module(inputs["x"])}

@@ -1,4 +1,4 @@
-"""YujiaoYang-work/UoE (arXiv 2503.02495): attention and MLP of its language models, with residual and norm."""
+"""YujiaoYang-work/UoE (arXiv 2503.02495): its language models, and their attention and MLP with residual and norm."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnlab.hub.official import official
 from attnlab.hub.renaming import load
+from attnlab.models.language.uoe import UnionLM
 from attnlab.nn.channel.union_mlp import UnionMLP
 from attnlab.nn.sparse.union_attention import UnionAttention
 
@@ -113,3 +114,56 @@ class UMLP:
         )
         load(module, mlp(params))
         return _around(module, arguments, params)
+
+
+_MODEL = {
+    "word_emb.emb_layers.0.weight": "embedding.weight",
+    "crit.out_layers.0.bias": "embedding.bias",
+    "crit.cluster_weight": "embedding.cluster_weight",
+    "crit.cluster_bias": "embedding.cluster_bias",
+}
+# Of each layer: their name, ours, that of its norm, and what reads it.
+_HALVES = (("dec_attn", "mixer", "norm1", attention), ("pos_ff", "mlp", "norm2", mlp))
+
+
+@official("YujiaoYang-work/UoE", "MemTransformerLM", ours=UnionLM)
+class MemTransformerLM:
+    """Word ids of one segment `(N, B)` to log probabilities `(B, N, V)`: `attn_type=5`, one table of words."""
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        renamed = {_MODEL[name]: tensor for name, tensor in params.items() if name in _MODEL}
+        renamed["places"] = params["r_emb"].flatten(2)
+        for layer in sorted({name.split(".")[1] for name in params if name.startswith("layers.")}, key=int):
+            for theirs, ours, norm, read in _HALVES:
+                home = f"layers.{layer}.{theirs}."
+                half = {n.removeprefix(home): t for n, t in params.items() if n.startswith(home)}
+                renamed |= {f"blocks.{layer}.{ours}.{n}": t for n, t in read(half).items()}
+                renamed |= {f"blocks.{layer}.{norm}.{end}": half[f"layer_norm.{end}"] for end in ("weight", "bias")}
+        return renamed
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> UnionLM:
+        if arguments.get("pre_lnorm"):
+            raise ValueError("pre_lnorm must be False: the norms of the released models come behind")
+        experts, dim, inner = params["layers.0.pos_ff.linear1.weight.0"].shape
+        depth, reach = params["r_emb"].shape[:2]
+        model = UnionLM(
+            vocabulary=len(params["word_emb.emb_layers.0.weight"]),
+            dim=dim,
+            depth=depth,
+            heads=len(params["layers.0.dec_attn.W_q.weight.0"]),
+            hidden=experts * inner,
+            experts=experts,
+            cutoffs=arguments.get("cutoffs", ()),
+            memory=arguments.get("mem_len", 0),
+            reach=reach,
+            variant="release",
+            dropout=arguments.get("dropout", 0.0),
+        )
+        load(model, MemTransformerLM.rename(params))
+        return model.eval()
+
+    @staticmethod
+    def run(module: UnionLM, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": module(inputs["data"].t())}
