@@ -1,4 +1,4 @@
-"""The command line: `attnlab list | show | compare | report | explain`. A command imports what it needs as it runs."""
+"""The command line: `attnlab list | show | compare | report | explain | lens`. Commands import what they need as they run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from attnlab.arena.command import RESULTS, new_console, perform, split
+from attnlab.arena.command import app as bench
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,8 +25,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-RESULTS = "results.sqlite"
-_INTERRUPTED = 130
+
+app.add_typer(bench, name="bench")
 
 _SEVERAL = "Comma-separated, or given several times."
 _TASKS = "text, textures, photos-x2, series, recall, needle, lookup, causal-lookup"
@@ -82,7 +85,7 @@ def list_(
     for card in found:
         about = _spans(card) if backbones else (card.kind.value, card.cost)
         table.add_row(f"[bold]{card.name}", card.family, *about, ", ".join(card.capabilities.names()), card.paper)
-    _console().print(table)
+    new_console().print(table)
     print(f"{len(found)} of {len(cards.entries())}; attnlab show NAME says more")
 
 
@@ -95,7 +98,7 @@ def show(name: str) -> None:
 
     from attnlab import cards
 
-    card, target, console = cards.describe(name), cards.target(name), _console()
+    card, target, console = cards.describe(name), cards.target(name), new_console()
     console.print(f"[bold]{card.name}[/]  {card.title}", highlight=False)
     paper = f"https://arxiv.org/abs/{card.paper}" if card.paper[:4].isdigit() else card.paper
     facts = {
@@ -149,35 +152,12 @@ def compare(
 
     The same command goes on where it was stopped. Results are in OUT/results.sqlite, the report in OUT/report.
     """
-    from attnlab.arena import report as pages
-    from attnlab.arena import study, tables
-    from attnlab.arena.live import Live
-    from attnlab.arena.store import Store
-    from attnlab.arena.summary import summarise
+    from attnlab.arena import study
 
-    console, folder = _console(), out / "report"
-    pages.check(folder, force=pages.is_ours(folder))  # now, not after the last trial
     plan = study.plan(
-        _split(tasks), _split(mechanisms), seeds=seeds, budget=budget, data=data, device=device, load=load or ()
+        split(tasks), split(mechanisms), seeds=seeds, budget=budget, data=data, device=device, load=load or ()
     )
-    with Store(out / RESULTS) as store:
-        ahead = study.missing(plan.jobs, store)
-        already = f", {len(plan.jobs) - len(ahead)} of them done before" if len(ahead) < len(plan.jobs) else ""
-        count = f"{len(plan.trials)} trials and {len(plan.sweeps)} cost sweeps{already}"
-        console.print(f"{count}; results in {store.path}. Ctrl-C stops, the same command goes on.", highlight=False)
-        try:
-            with Live(ahead, workers or study.side_by_side(plan.settings["device"]), console) as live:
-                done = study.run(plan, store, command=study.command_line(), workers=workers, ray=ray, watch=live)
-        except KeyboardInterrupt:
-            left = len(study.missing(plan.jobs, store))
-            console.print(
-                f"Stopped. {len(plan.jobs) - left} of {len(plan.jobs)} jobs are kept; the same command goes on."
-            )
-            raise typer.Exit(_INTERRUPTED) from None
-        summary = summarise(store, done.id)
-        tables.show(summary, console)
-        page = pages.write(summary, folder, force=pages.is_ours(folder))
-        console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    perform(plan, out, workers=workers, ray=ray)
 
 
 @app.command()
@@ -231,7 +211,40 @@ def explain(
         return torch.zeros(batch, h, n, head_dim, dtype=kind, device=device, requires_grad=train)
 
     q, k, v = tensor(heads, length), tensor(kv_heads or heads, nk), tensor(kv_heads or heads, nk)
-    _console().print(ask(q, k, v, pattern=parse_pattern(pattern), weighting=weighting))
+    new_console().print(ask(q, k, v, pattern=parse_pattern(pattern), weighting=weighting))
+
+
+@app.command()
+def lens(
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of a transformers or timm model, or a name: attnlab list, timm. Never downloaded."),
+    ],
+    given: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A text or text file; an image or a folder of them; a tensor file.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("lens.html"),
+    layers: Annotated[str | None, typer.Option(help="Such as 0,2,5-7, -1 or '*self_attn'; all if not given.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Such as 0,3,5-8; all if not given.")] = None,
+    prompt: Annotated[str, typer.Option(help="What is asked beside an image.")] = "",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Cut a text after so many tokens.")] = None,
+    labels: Annotated[str | None, typer.Option(help="True classes of the inputs, such as 207 or 3,1,7.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="File of weights for a model given by name.")] = None,
+    importance: Annotated[
+        bool | None, typer.Option("--importance/--no-importance", help="A pass for each head; done if it is quick.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="jsd, abs_d_pred or cls_cos; with labels d_prob and acc_drop.")] = "jsd",
+    mode: Annotated[str, typer.Option(help="leave_one_out, or keep_one of its layer.")] = "leave_one_out",
+    ablate: Annotated[str, typer.Option(help="What a pruned head says: zero, or its mean.")] = "zero",
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
+) -> None:
+    """What its heads do: a summary here, and a page to look into every one of them."""
+    from attnlab.lens import command
+
+    command.run(
+        model, given, out=out, layers=layers, heads=heads, prompt=prompt, tokens=tokens, labels=labels,
+        weights=weights, importance=importance, metric=metric, mode=mode, ablate=ablate, seed=seed,
+    )  # fmt: skip
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -272,19 +285,6 @@ def _keeps(card: Card, target: Callable[..., Any], arguments: Mapping[str, Any])
         network = target(**arguments)
     longest = getattr(network, "length", None) or 65536
     return f", keeps {card.state_numbers(network, longest):,} numbers of {longest:,} tokens"
-
-
-def _console():
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width: tables are not to be folded into 80 columns
-        console.width = 160
-    return console
-
-
-def _split(names: list[str] | None) -> list[str]:
-    return [name.strip() for given in names or () for name in given.split(",") if name.strip()]
 
 
 def _one_of(argument: str, name: str | None, known: set[str]) -> None:

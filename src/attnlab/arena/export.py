@@ -28,6 +28,23 @@ def sweeps_csv(summary: Summary) -> str:
     return _csv(_SWEEP, rows)
 
 
+def measurements_csv(summary: Summary) -> str:
+    """One line per case of a benchmark and length; nested numbers by their path, "forward.seconds"."""
+    rows = []
+    for record in summary.measurements:
+        case = {name: value for name, value in record["case"].items() if not isinstance(value, (list, dict))}
+        about = {"benchmark": record["benchmark"], **case, "status": record["status"], "reason": record["reason"]}
+        rows += [{**about, **_flat(point)} for point in record.get("points") or [{}]]
+    return _csv(tuple(dict.fromkeys(name for row in rows for name in row)), rows)
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    found: dict = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
 def as_json(summary: Summary) -> str:
     """Everything: the study, its trials with curves and details, its sweeps, and the answers."""
     return json.dumps(
@@ -35,6 +52,7 @@ def as_json(summary: Summary) -> str:
             "study": asdict(summary.study),
             "trials": [trial for task in summary.rows.values() for row in task for trial in row.trials],
             "sweeps": summary.sweeps,
+            "measurements": summary.measurements,
             "answers": {task: asdict(answer) for task, answer in summary.answers.items()},
         },
         indent=1,

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ from attnlab.arena import ends, measure, network, train
 from attnlab.arena.network import NONE
 from attnlab.arena.task import Task, find_task
 
-TRIAL, SWEEP = "trial", "sweep"
+TRIAL, SWEEP, MEASURE = "trial", "sweep", "measure"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A trial (task, mechanism, seed) or a sweep (layout, mechanism); `data` is for tasks that read some."""
+    """A trial (task, mechanism, seed), a sweep (layout, mechanism) or a case of a benchmark, as JSON."""
 
     key: str
     kind: str
@@ -39,18 +40,27 @@ class Job:
     seed: int = 0
     data: str | None = None
     layout: str = ""
+    benchmark: str = ""
+    case: str = ""
 
     def perform(self, progress: Callable[[float], None] = lambda fraction: None) -> dict:
         if self.kind == SWEEP:
             return measure.run_sweep(self.mechanism, self.layout, self.budget, self.device, progress).record()
+        if self.kind == MEASURE:
+            from attnlab.arena import bench
+
+            record = bench.find(self.benchmark).measure(json.loads(self.case), self.device, progress)
+            return {"benchmark": self.benchmark, "mechanism": self.mechanism, **record}
         task = _loaded(self.task, self.budget, self.data)
         return train.run_trial(task, self.mechanism, self.seed, self.device, progress).record()
 
 
 def failed(job: Job, reason: str) -> dict:
     """The record of a job that came to no end; the same command tries it again."""
-    about = {"task": job.task, "mechanism": job.mechanism, "seed": job.seed, "layout": job.layout}
-    return {**about, "points": [], "status": "failed", "reason": reason}
+    about: dict = {"mechanism": job.mechanism, "points": [], "status": "failed", "reason": reason}
+    if job.kind == MEASURE:
+        return {**about, "benchmark": job.benchmark, "case": json.loads(job.case)}
+    return {**about, "task": job.task, "seed": job.seed, "layout": job.layout}
 
 
 @cache
@@ -67,6 +77,26 @@ def trial(task: Task, mechanism: str, seed: int, budget: str, device: str) -> Jo
 def sweep(mechanism: str, layout: str, budget: str, device: str, threads: int) -> Job:
     parts = (SWEEP, layout, measure.WIDTH[budget], measure.LENGTHS[budget], _sources(measure), threads)
     return Job(_key(mechanism, device, *parts), SWEEP, mechanism, budget, device, layout=layout)
+
+
+def measurement(name: str, case: dict, budget: str, device: str, threads: int) -> Job:
+    """A case of the benchmark `name`; what it is measured with is part of its key."""
+    from attnlab.arena import bench
+    from attnlab.arena.bench import curve, operators
+
+    text = json.dumps(case)
+    peers = {package: _version(package) for package in ("natten", "fla", "x_transformers")}
+    sources = _sources(bench, bench.find(name), curve, operators)
+    parts = [name, text, sources, peers, torch.device(device).type, threads, __version__, torch.__version__]
+    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
+    return Job(key, MEASURE, case.get("operator", name), budget, device, benchmark=name, case=text)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _key(mechanism: str, device: str, *parts: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from statistics import fmean
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from attnlab.arena.jobs import TRIAL, Job
+from attnlab.arena.jobs import MEASURE, TRIAL, Job
 from attnlab.arena.pool import Event
 from attnlab.arena.summary import number
 
@@ -130,6 +131,9 @@ def _group(job: Job) -> tuple[str, str, str]:
 def label(job: Job) -> str:
     if job.kind == TRIAL:
         return f"{job.task} · {job.mechanism} · seed {job.seed}"
+    if job.kind == MEASURE:
+        case = json.loads(job.case)
+        return f"{job.benchmark} · {next(iter(case.values()))} · {job.mechanism}"
     return f"cost · {job.mechanism} · {job.layout}"
 
 

@@ -74,7 +74,7 @@ def run_sweep(
         module = mixer(mechanism, width, layout).to(device).eval()
         with torch.no_grad():
             for i, length in enumerate(LENGTHS[budget]):
-                reason = _too_much(sweep.points, length, _growth(mechanism), _PATIENCE[budget], device)
+                reason = too_much(sweep.points, length, _growth(mechanism), _PATIENCE[budget], device)
                 sweep.points.append(
                     Point(length, reason=reason) if reason else _point(module, length, layout, width, device)
                 )
@@ -109,7 +109,7 @@ def _point(module: nn.Module, length: int, layout: str, width: int, device: str)
     return Point(length, seconds_of(call, device), memory.peak(call, device), flops)
 
 
-def _too_much(before: list[Point], length: int, growth: float, patience: float, device: str) -> str:
+def too_much(before: list[Point], length: int, growth: float, patience: float, device: str) -> str:
     """Why a length is left out, foretold from the one before and the growth; empty if it is not."""
     if not before:
         return ""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnlab import cards
-from attnlab.arena import charts, export, influence
+from attnlab.arena import charts, export, influence, tables
+from attnlab.arena.bench import find
 from attnlab.arena.charts import Series
 from attnlab.arena.memory import as_text
 from attnlab.arena.network import NONE
@@ -19,9 +20,9 @@ _COLOURS = 12
 
 
 def write(summary: Summary, folder: Path | str, *, force: bool = False) -> Path:
-    """Writes index.html, trials.csv, sweeps.csv and results.json into `folder`; returns the page's path.
+    """Writes index.html, trials.csv, sweeps.csv, measurements.csv and results.json into `folder`; gives the page.
 
-    A folder that exists is refused, unless `force`: then these four files are replaced and nothing else is touched.
+    A folder that exists is refused, unless `force`: then these files are replaced and nothing else is touched.
     """
     folder = Path(folder)
     check(folder, force=force)
@@ -30,6 +31,7 @@ def write(summary: Summary, folder: Path | str, *, force: bool = False) -> Path:
         PAGE: page(summary),
         "trials.csv": export.trials_csv(summary),
         "sweeps.csv": export.sweeps_csv(summary),
+        "measurements.csv": export.measurements_csv(summary),
         "results.json": export.as_json(summary),
     }
     for name, text in files.items():
@@ -95,10 +97,18 @@ def page(summary: Summary) -> str:
         colours=colours,
         sections=[_section(summary, task, colours) for task in summary.rows],
         sweeps=_sweep_charts(summary, colours),
-        pictures=_pictures(summary),
+        benchmarks=_benchmarks(summary),
+        pictures=_pictures(summary) if summary.rows else [],
         left_out=_left_out(summary),
         decode_at=sorted({int(at) for sweep in summary.sweeps for at in sweep.get("decode") or ()}),
     )
+
+
+def _benchmarks(summary: Summary) -> list[dict]:
+    return [
+        {"name": name, "title": find(name).TITLE, "grids": grids, "reasons": tables.reasons(summary, name)}
+        for name, grids in summary.grids.items()
+    ]
 
 
 def _section(summary: Summary, task: str, colours: dict[str, int]) -> _Section:

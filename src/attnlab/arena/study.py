@@ -13,11 +13,12 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from attnlab import __version__, cards
-from attnlab.arena import cluster, jobs, measure, memory
+from attnlab.arena import bench, cluster, jobs, measure, memory
 from attnlab.arena.jobs import Job
 from attnlab.arena.network import NONE, refuses, takes_part
 from attnlab.arena.pool import Event, perform
@@ -39,10 +40,11 @@ class Plan:
     about: dict[str, dict]  # task → title, metric, better, layout, trivial
     settings: dict
     load: list[str] = field(default_factory=list)
+    measurements: list[Job] = field(default_factory=list)
 
     @property
     def jobs(self) -> list[Job]:
-        return self.trials + self.sweeps
+        return self.trials + self.sweeps + self.measurements
 
 
 def plan(
@@ -93,6 +95,20 @@ def plan(
     }
     about = {task.name: _about(task) for task in chosen}
     return Plan(trials, sweeps, left_out, about, settings, [str(Path(path)) for path in load])
+
+
+def plan_benchmark(name: str, *, budget: str = "small", device: str = "", **options: Any) -> Plan:
+    """The cases of the benchmark `name` (`attnlab.arena.bench`), measured one at a time with the machine to itself."""
+    device = _device(device)
+    cases = bench.find(name).cases(budget, **options)
+    if not cases:
+        raise ValueError(f"{name}: nothing is left to measure")
+    jobs_ = [jobs.measurement(name, case, budget, device, cores()) for case in cases]
+    settings = {
+        "benchmark": name, "tasks": [], "mechanisms": list(dict.fromkeys(job.mechanism for job in jobs_)), "seeds": 1,
+        "budget": budget, "data": None, "device": device,
+    }  # fmt: skip
+    return Plan([], [], [], {}, settings, measurements=jobs_)
 
 
 def _device(name: str) -> str:
@@ -196,7 +212,8 @@ def run(
             cluster.leave()
 
     def sweeps() -> Iterator[Event]:
-        yield from perform(missing(plan.sweeps, store), workers=min(workers, 1), threads=cores(), load=plan.load)
+        todo = missing(plan.sweeps + plan.measurements, store)
+        yield from perform(todo, workers=min(workers, 1), threads=cores(), load=plan.load)
 
     for event in chain(trials(), sweeps()):
         if event.record is not None:

@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from attnlab.arena.bench import Grid, find
 from attnlab.arena.network import NONE
 from attnlab.arena.store import Store, Study
 from attnlab.arena.train import DIVERGED, DONE
@@ -83,6 +84,7 @@ class Summary:
     sweeps: list[dict]
     planned: int
     finished: int
+    measurements: list[dict] = field(default_factory=list)
 
     def row(self, task: str, mechanism: str) -> Row | None:
         return next((row for row in self.rows[task] if row.mechanism == mechanism), None)
@@ -90,6 +92,12 @@ class Summary:
     @property
     def mechanisms(self) -> list[str]:
         return self.study.settings["mechanisms"]
+
+    @property
+    def grids(self) -> dict[str, list[Grid]]:
+        """The tables of each benchmark that was run."""
+        names = dict.fromkeys(record["benchmark"] for record in self.measurements)
+        return {n: find(n).grids([r for r in self.measurements if r["benchmark"] == n]) for n in names}
 
     @property
     def answers(self) -> dict[str, Answer]:
@@ -108,10 +116,11 @@ def summarise(store: Store, number: int | None = None) -> Summary:
     for task, by_mechanism in groups.items():
         found = [Row(task, name, sorted(trials, key=lambda t: t["seed"])) for name, trials in by_mechanism.items()]
         rows[task] = sorted(found, key=lambda row: _rank(row, study.about[task]))
-    sweeps = [record for record in results.values() if not record.get("task")]
+    measurements = [record for record in results.values() if record.get("benchmark")]
+    sweeps = [record for record in results.values() if not record.get("task") and not record.get("benchmark")]
     order = {name: i for i, name in enumerate(study.settings["mechanisms"])}
     sweeps.sort(key=lambda record: (record["layout"], order.get(record["mechanism"], 0)))
-    return Summary(study, rows, sweeps, len(study.plan), len(results))
+    return Summary(study, rows, sweeps, len(study.plan), len(results), measurements)
 
 
 def sign(about: dict) -> int:

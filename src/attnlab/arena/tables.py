@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from attnlab.arena.bench import Grid
 from attnlab.arena.memory import as_text
 from attnlab.arena.summary import Summary, number, score, sign, whole
 
@@ -17,8 +18,14 @@ def show(summary: Summary, console: Console) -> None:
     if summary.sweeps:
         console.print(cost_table(summary))
         _trouble(console, {sweep["mechanism"]: sweep["reason"] for sweep in summary.sweeps})
+    for name, grids in summary.grids.items():
+        for grid in grids:
+            console.print(grid_table(f"[bold]{name}[/]: {grid.title}", grid))
+        _trouble(console, dict(reasons(summary, name)))
     if summary.study.left_out:
         console.print(left_out(summary))
+    if not summary.rows:
+        return
     console.print(answer_table(summary))
     for task, answer in summary.answers.items():
         rest = escape(answer.sentence.removeprefix(answer.use))
@@ -68,6 +75,40 @@ def cost_table(summary: Summary) -> Table:
             milliseconds(list(sweep["decode"].values())[-1]) if sweep.get("decode") else "–",
         )
     return table
+
+
+def grid_table(title: str, grid: Grid) -> Table:
+    """A benchmark's table; the best of each row and length stands out where there are several."""
+    table = _table(title)
+    table.add_column("")
+    for column in grid.columns:
+        table.add_column(column, justify="right")
+    for name, values in grid.rows:
+        best = grid.best_of(values)
+        table.add_row(
+            name, *(f"[green]{number(v)}" if i in best else number(v) for i, v in enumerate(values))
+        )  # fmt: skip
+    return table
+
+
+def reasons(summary: Summary, benchmark: str) -> list[tuple[str, str]]:
+    """What could not be measured, and why: each reason once, with the cases that it holds for."""
+    why: dict[str, dict[str, None]] = {}
+    for record in summary.measurements:
+        if record["benchmark"] != benchmark:
+            continue
+        label = f"{next(iter(record['case'].values()))} · {record['mechanism']}"
+        found = [record["reason"], *(p.get("reason", "") for p in record.get("points") or ())]
+        found += [
+            (p.get(n) or {}).get("reason", "") for p in record.get("points") or () for n in ("forward", "train")
+        ]  # fmt: skip
+        for reason in filter(None, found):
+            why.setdefault(reason, {})[label] = None
+    return [(_few(list(labels)), reason) for reason, labels in why.items()]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def left_out(summary: Summary) -> Table:
