@@ -35,19 +35,19 @@ def test_what_fails_is_recorded(quick, toys):
 
 def test_a_length_that_would_take_too_long_is_left_out():
     before = [Point(100, 1.0), Point(200, 4.0)]
-    assert measure._too_much(before, 400, 2.0, patience=10.0, device="cpu") == "would take about 16 s a call"
-    assert measure._too_much(before, 400, 2.0, patience=20.0, device="cpu") == ""
-    assert measure._too_much(before, 400, 1.0, patience=10.0, device="cpu") == ""
-    assert "left out" in measure._too_much([Point(200, reason="no")], 400, 2.0, patience=20.0, device="cpu")
+    assert measure.too_much(before, 400, 2.0, patience=10.0, device="cpu") == "would take about 16 s a call"
+    assert measure.too_much(before, 400, 2.0, patience=20.0, device="cpu") == ""
+    assert measure.too_much(before, 400, 1.0, patience=10.0, device="cpu") == ""
+    assert "left out" in measure.too_much([Point(200, reason="no")], 400, 2.0, patience=20.0, device="cpu")
 
 
 def test_a_length_that_would_not_fit_is_refused_with_the_estimate(monkeypatch):
     monkeypatch.setattr("attnlab.arena.memory.available", lambda device: 2**30)
     before = [Point(100, 0.01, memory=2**28)]
     assert (
-        measure._too_much(before, 400, 2.0, 10.0, "cpu") == "would need about 4.0 GiB of memory, and 1.0 GiB are free"
+        measure.too_much(before, 400, 2.0, 10.0, "cpu") == "would need about 4.0 GiB of memory, and 1.0 GiB are free"
     )
-    assert measure._too_much(before, 100, 2.0, 10.0, "cpu") == ""
+    assert measure.too_much(before, 100, 2.0, 10.0, "cpu") == ""
 
 
 def test_time_is_of_the_least_disturbed_call():
