@@ -2,9 +2,10 @@
 
     python benchmarks/watching.py [--tokens 8192 16384 32768] [--dim 512] [--heads 8] [--kv-heads 2] [--threads 2]
 
-The layer is causal with grouped heads of 64; by default a quarter as wide as one of Llama 3.2 1B. Time of the watched
-pass over that of the plain pass, both of this run, and the memory that each took at its highest. "all weights" is
-what keeping every weight would take. Memory should grow with the tokens, four times from 8,192 to 32,768.
+The layer is causal with grouped heads of 64; by default a quarter as wide as one of Llama 3.2 1B. For both passes, of
+this run: seconds, and the memory that they took at their highest; the ratio is of processor time, which other work on
+the machine disturbs less. "all weights" is what keeping every weight would take. Memory should grow with the tokens,
+four times from 8,192 to 32,768.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from attnlab import lens
 from attnlab.arena.memory import as_text, peak
 
 
-def measured(call: Callable[[], object]) -> tuple[float, int]:
-    """Seconds and bytes of one call."""
-    start = time.perf_counter()
+def measured(call: Callable[[], object]) -> tuple[float, float, int]:
+    """Seconds, seconds of the processor, and bytes of one call."""
+    start, busy = time.perf_counter(), time.process_time()
     taken = peak(call, "cpu")
-    return time.perf_counter() - start, taken or 0
+    return time.perf_counter() - start, time.process_time() - busy, taken or 0
 
 
 def main() -> None:
@@ -57,11 +58,11 @@ def main() -> None:
 
         with torch.no_grad():
             model(ids[:, :256])
-            (before, free), (after, taken) = measured(plain), measured(watched)
+            (before, cost, free), (after, more, taken) = measured(plain), measured(watched)
         (record,) = records
         every = 4 * given.heads * n * n
         print(
-            f"{n:>8}{before:>8.2f} s{as_text(free):>9}{after:>8.2f} s{as_text(taken):>9}{after / before:>7.2f}×"
+            f"{n:>8}{before:>8.2f} s{as_text(free):>9}{after:>8.2f} s{as_text(taken):>9}{more / cost:>7.2f}×"
             f"{as_text(record.bytes):>10}{as_text(every):>13}   {record[0].entropy.mean():.3f}",
             flush=True,
         )
