@@ -133,6 +133,21 @@ def test_generation_by_a_llama_is_one_matrix_equal_to_that_of_the_whole_text(tra
         torch.testing.assert_close(record[layer][:, :, first:], wanted[:, :, first:], rtol=1e-4, atol=1e-5)
 
 
+def test_in_generation_the_grid_stays_where_it_was_in_the_prompt():
+    llama = louder(attnlab.build("llama", vocabulary=64, dim=32, depth=1, heads=4, kv_heads=2, hidden=64))
+    ids = torch.randint(0, 64, (1, 11))  # two words, 2 × 3 patches, three words
+
+    def call():
+        llama.generate(ids, 4, temperature=0.0)
+
+    record = watched(call, llama, grid=(2, 3), prefix=2)
+    assert record.where(0) == {"grid": (2, 3), "prefix": 2, "offset": 0}
+    assert torch.equal(record.on_grid(record[0])[0, 1, 12], record[0][0, 1, 12, 2:8].view(2, 3))
+    same_statistics(watched(call, llama, keep="stats", grid=(2, 3), prefix=2), record)
+    inferred = watched(call, llama, grid=(2, 3))
+    assert torch.equal(inferred.on_grid(inferred[0])[0, 1, 12], record[0][0, 1, 12, 5:11].view(2, 3))
+
+
 def test_torchs_encoder_gives_the_weights_that_its_attention_would_return(x):
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
     model = louder(nn.TransformerEncoder(layer, 2))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ Kept = Tensor | Statistics | dict[str, Tensor]
 class Entry:
     """One recorded call: which it was, and what was kept of it.
 
-    heads: those that were kept, out of `total`; offset: the position of the first query; placed: whether distances are
-    on the record's grid.
+    heads: those that were kept, out of `total`; offset: the position of the first query; prefix: how many tokens come
+    before the record's grid, None where distances are not on it.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Entry:
     nq: int
     nk: int
     offset: int
-    placed: bool = False
+    prefix: int | None = None
     kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def continues(self, before: Entry) -> bool:
@@ -202,8 +203,8 @@ class Record:
         return self.where_of(self.of(layer)[0])
 
     def where_of(self, entry: Entry) -> dict[str, Any]:
-        on = self.grid if entry.placed else None
-        return {"grid": on, "prefix": self.before(entry.nk) or 0 if on else 0, "offset": entry.offset}
+        on = entry.prefix is not None
+        return {"grid": self.grid if on else None, "prefix": entry.prefix or 0, "offset": entry.offset}
 
     def before(self, count: int) -> int | None:
         """How many of `count` tokens come before the grid; None where the grid does not fit them."""
@@ -213,10 +214,12 @@ class Record:
         """Values of tokens `(…, N)` as a picture `(…, height, width)`, without the tokens that are not on the grid."""
         if self.grid is None:
             raise ValueError("this record has no grid: watch with grid=(height, width), or set record.grid")
-        first = self.before(values.shape[-1])
+        count, size = values.shape[-1], prod(self.grid)
+        # Tokens that are generated come after the grid: it lies where it lay in the prompt.
+        seen = {e.prefix for e in self.entries if e.prefix is not None and e.offset == 0 and count >= e.nk}
+        first = seen.pop() if len(seen) == 1 else self.before(count)
         if first is None:
-            raise ValueError(misfit(self.grid, self.prefix, [values.shape[-1]]))
-        size = int(torch.tensor(self.grid).prod())
+            raise ValueError(misfit(self.grid, self.prefix, [count]))
         return values[..., first : first + size].unflatten(-1, self.grid)
 
     # Finding it.
@@ -301,9 +304,7 @@ def tokens_before(count: int, grid: tuple[int, ...] | None, prefix: int | None) 
     """How many of `count` tokens come before those on the grid: as said, or all others if they are few."""
     if grid is None:
         return None
-    size = 1
-    for n in grid:
-        size *= n
+    size = prod(grid)
     if prefix is not None:
         return prefix if prefix + size <= count else None
     return count - size if size <= count <= size + _PREFIX else None

@@ -82,6 +82,7 @@ class _Watcher(Subscriber):
     ) -> None:  # fmt: skip
         self.record, self.where, self.keep, self.detach = record, where, keep, detach
         self.device, self.dtype = device, dtype
+        self.last: dict[tuple[str, int], Entry] = {}
 
     def wants(self, event: Event) -> bool:
         return not event.recomputed
@@ -91,8 +92,13 @@ class _Watcher(Subscriber):
         nq, nk = event.q.shape[2], event.k.shape[2]
         entry = Entry(
             event.name, event.layer, event.index, event.step, event.kind, tuple(heads), event.heads, nq, nk,
-            event.offset, placed=nq == nk and self.record.before(nk) is not None,
+            event.offset, self.record.before(nk) if nq == nk else None,
         )  # fmt: skip
+        # In generation the grid stays where it was in the prompt.
+        before = self.last.get((event.name, event.index))
+        if before is not None and entry.continues(before):
+            entry.prefix = before.prefix
+        self.last[event.name, event.index] = entry
         if callable(self.keep):
             kept = _as_tensors(self.keep(event, out), event)
         else:

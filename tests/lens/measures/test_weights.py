@@ -99,5 +99,5 @@ def test_what_is_no_matrix_of_weights_is_refused():
         received(torch.ones(3))
     with pytest.raises(ValueError, match=r"\(…, H, Nq, Nk\), got \(3, 3\)"):
         head_similarity(torch.eye(3))
-    with pytest.raises(ValueError, match=r"grid \(4, 4\) after 0 tokens wants 16 tokens, got 7"):
+    with pytest.raises(ValueError, match=r"grid \(4, 4\) after 0 tokens does not fit 7 keys"):
         mean_distance(W, grid=(4, 4))

@@ -83,6 +83,8 @@ def mean_distance(
     if not isinstance(weights, Tensor):
         return weights.measured("distance", lambda w, where: mean_distance(w, **where))
     _check(weights)
+    if grid is not None and prefix + math.prod(grid) > weights.shape[-1]:
+        raise ValueError(f"grid {grid} after {prefix} tokens does not fit {weights.shape[-1]} keys")
     (q, q_placed), (k, k_placed) = (
         places(n, grid, prefix, at, weights.device) for n, at in zip(weights.shape[-2:], (offset, 0), strict=True)
     )
@@ -117,8 +119,6 @@ def places(
     if grid is None:
         return at[:, None], torch.ones(count, dtype=torch.bool, device=device)
     size = math.prod(grid)
-    if prefix + size > offset + count and count > 1:
-        raise ValueError(f"grid {grid} after {prefix} tokens wants {prefix + size} tokens, got {offset + count}")
     at = at - prefix
     return torch.stack(torch.unravel_index(at.clamp(0, size - 1), grid), -1), (at >= 0) & (at < size)
 
