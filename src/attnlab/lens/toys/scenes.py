@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ class Scene(NamedTuple):
     """A batch of scenes, each with one question."""
 
     pixels: Tensor  # (B, 3, height, width)
-    ids: Tensor  # (B, T): begin, image tokens, the shape in question, ask
+    ids: Tensor  # (B, T): begin, image tokens, ask, the shape in question
     answers: Tensor  # (B): the token of the colour that the shape has in this image
     habits: Tensor  # (B): the token of the colour that this shape mostly has
     cells: Tensor  # (B): where the shape is, row-major
@@ -36,7 +36,7 @@ class Scenes:
 
     Each shape has a usual colour, which it has in a share `habit` of the scenes; so the question alone answers most,
     and where the image says otherwise, saying the usual colour is a hallucination. A cell is a patch of pixels: the
-    shape as a pattern of light, the colour as its tint, both under noise, and some cells lie in the dark.
+    shape as a pattern of light, the colour as its tint, both under noise; a cell that is covered is black.
 
     Args:
         grid: rows and columns of cells.
@@ -45,6 +45,7 @@ class Scenes:
         habit: how often a shape has its usual colour in training.
         tint, noise: of the colour and of the pixels, against a light of 1.
         dark: the least light that falls on a cell, the most being 1.
+        covered: the share of cells of which nothing is seen, not even noise.
     """
 
     grid: tuple[int, int] = (4, 4)
@@ -53,7 +54,8 @@ class Scenes:
     habit: float = 0.8
     tint: float = 0.5
     noise: float = 0.25
-    dark: float = 0.2
+    dark: float = 1.0
+    covered: float = 0.0
 
     @property
     def cells(self) -> int:
@@ -104,12 +106,13 @@ class Scenes:
         patches = self.glyphs()[shapes][:, :, None] * (1 + self.tint * self.tints()[colours][..., None, None])
         light = self.dark + (1 - self.dark) * torch.rand(count, cells, 1, 1, 1, generator=generator)
         patches = light * patches + self.noise * torch.randn(patches.shape, generator=generator)
+        patches = patches * (torch.rand(count, cells, 1, 1, 1, generator=generator) >= self.covered)
         rows, columns = self.grid
         pixels = patches.view(count, rows, columns, 3, self.patch, self.patch)
         pixels = pixels.permute(0, 3, 1, 4, 2, 5).reshape(count, 3, rows * self.patch, columns * self.patch)
         asked = torch.rand(count, cells, generator=generator).argsort(-1)[:, :questions]
         shape, colour = shapes.gather(1, asked), colours.gather(1, asked)
-        turns = torch.stack((self.shape_token(shape), torch.full_like(shape, ASK), self.colour_token(colour)), -1)
+        turns = torch.stack((torch.full_like(shape, ASK), self.shape_token(shape), self.colour_token(colour)), -1)
         ids = torch.full((count, 1 + cells), IMAGE)
         ids[:, 0] = BEGIN
         ids = torch.cat((ids, turns.flatten(1)[:, :-1]), 1)
@@ -146,15 +149,16 @@ class Scenes:
     def train(
         self, model: Any, *, steps: int = 300, batch: int = 48, questions: int = 6, lr: float = 3e-3, seed: int = 0
     ) -> Any:
-        """Teach `model`, a LLaVA, first to see (any shape in any colour), then the habit: returned in eval mode."""
+        """Teach `model`, a LLaVA, on clear images, then on these, then with the habit: it is returned in eval mode."""
+        clear = replace(self, noise=self.noise / 4, dark=1.0, covered=0.0)
         generator = torch.Generator().manual_seed(seed)
         optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
         model.train()
         for step in range(steps):
             habit = 1 / self.colours if step < 0.7 * steps else self.habit
-            scene = self.draw(batch, generator, habit=habit, questions=questions)
-            asking = scene.ids == ASK
+            scene = (clear if step < 0.4 * steps else self).draw(batch, generator, habit=habit, questions=questions)
+            asking = (scene.ids > END) & (scene.ids <= END + self.cells)
             answers = torch.cat((scene.ids[:, 1:], scene.answers[:, None]), 1)[asking]
             loss = cross_entropy(model(**scene.inputs()).logits[asking], answers)
             optimiser.zero_grad()
