@@ -28,10 +28,12 @@ def digits():
     images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     labels = torch.tensor(labels)
     torch.manual_seed(0)
+    order = torch.randperm(len(images))
+    images, labels = images[order], labels[order]
     model = network()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=300)
-    for _ in range(300):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=400)
+    for _ in range(400):
         batch = torch.randint(1400, (64,))
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         optimiser.zero_grad()

@@ -145,21 +145,25 @@ class Gather(Subscriber):
         tensors = {f.name: torch.stack([getattr(s, f.name) for s in each]) for f in fields(Strength) if f.name != "hop"}
         return Strength(**tensors, hop=self.hop)
 
-    def analysis(self, importance: Importance, *, most: int = 4096, **keywords: Any) -> Analysis:
-        """All three together. Of very many maps, the first `most` are read, image by image."""
-        found, order = self.together(), sorted(self.strengths)
+    def samples(self, most: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Maps `(M, n, n)` on the small grid, and (image, layer, head) of each; of very many, those of first images."""
         listed = [
-            (first + i, order.index(layer), head, maps[i, head])
+            (first + i, layer, head, maps[i, head])
             for first, layer, maps in self.maps
             for i in range(maps.shape[0])
             for head in range(maps.shape[1])
         ]
         listed = sorted(listed, key=lambda x: x[:3])[:most]
-        maps = torch.stack([m for _, _, _, m in listed])
+        return torch.stack([m for *_, m in listed]), [x[:3] for x in listed]
+
+    def analysis(self, importance: Importance, *, most: int = 4096, **keywords: Any) -> Analysis:
+        """All three together."""
+        found, order = self.together(), sorted(self.strengths)
+        maps, where = self.samples(most)
         named = drawn.find(maps, self.small, **keywords)
-        heads = [(layer, head) for _, layer, head, _ in listed]
+        heads = [(order.index(layer), head) for _, layer, head in where]
         names = [self.names[layer] for layer in order]
-        return Analysis(importance, found, named, maps, self.small, heads, [i for i, *_ in listed], names)
+        return Analysis(importance, found, named, maps, self.small, heads, [image for image, *_ in where], names)
 
 
 def _mean(a: Strength, weight: int, b: Strength, other: int) -> Strength:

@@ -66,12 +66,12 @@ function buildDistance(view, about) {
   function show() {
     const n = about.layers.length, number_ = i => layers[about.layers[i]].number;
     const means = about.distance.map(mean), spreads = about.distance.map(spread);
-    const trend = { name: "mean over heads", colour: "var(--accent)", points: means.map((m, i) => [number_(i), m]), band: means.map((m, i) => [number_(i), m - spreads[i], m + spreads[i]]) };
+    const trend = { name: "mean over heads", colour: "var(--accent)", points: means.map((m, i) => [number_(i), m]), band: means.map((m, i) => [number_(i), Math.max(0, m - spreads[i]), m + spreads[i]]) };
     const dots = about.distance.flatMap((row, i) => row.map((d, head) => ({ x: number_(i), y: d, radius: 3, colour: "var(--soft)", title: `${headName(about.layers[i], head)}: ${number(d)} hops`, click: () => goTo(about.layers[i], head) })));
     const byHop = about[what.value].map((heads, i) => ({ name: `layer ${number_(i)}`, colour: alongLayers(i, n), points: heads[0].map((_, k) => [k, mean(heads.map(h => h[k]))]) }));
-    const share = { name: "class token's share", colour: "var(--k3)", points: about.prefix.map((row, i) => [number_(i), mean(row)]), band: about.prefix.map((row, i) => [number_(i), mean(row) - spread(row), mean(row) + spread(row)]) };
-    const bar = make("canvas", { width: 160, height: 10 }); paintRamp(bar, MEASURE.slice(3 * Math.round(255 * 0.05), 3 * Math.round(255 * 0.9)));
-    const paintBar = bar.getContext("2d"); for (let x = 0; x < 160; x++) { paintBar.fillStyle = css(MEASURE, 0.05 + 0.85 * x / 159); paintBar.fillRect(x, 0, 1, 10); }
+    const share = { name: "class token's share", colour: "var(--k3)", points: about.prefix.map((row, i) => [number_(i), mean(row)]), band: about.prefix.map((row, i) => [number_(i), Math.max(0, mean(row) - spread(row)), mean(row) + spread(row)]) };
+    const bar = make("canvas", { width: 160, height: 10 }), paintBar = bar.getContext("2d");
+    for (let x = 0; x < 160; x++) { paintBar.fillStyle = css(MEASURE, 0.05 + 0.85 * x / 159); paintBar.fillRect(x, 0, 1, 10); }
     const parts = [make("div", {}, make("h3", {}, "How far layers look: expected hops, mean ± deviation over heads"), chart({ series: [trend], dots, xLabel: "layer", yLabel: "hops", integers: true, fromZero: true })),
       make("div", {}, make("h3", {}, `Strength by hop, mean over heads`), chart({ series: byHop, xLabel: `hops (${about.hop})`, yLabel: `strength (${what.value})`, integers: true, fromZero: true }), make("div", { className: "legend" }, `layer ${number_(0)}`, bar, `layer ${number_(n - 1)}`))];
     if (about.hasPrefix) parts.push(make("div", {}, make("h3", {}, "What the tokens before the patches receive of the patches' attention"), chart({ series: [share], xLabel: "layer", yLabel: "share", integers: true, fromZero: true })));

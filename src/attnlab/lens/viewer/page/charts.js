@@ -7,6 +7,9 @@ function draw(tag, attributes, text) {
   return element;
 }
 
+// A number on an axis, without zeros that say nothing.
+const tick = t => number(t).replace(/(\.\d*?)0+(?=$|e)/, "$1").replace(/\.(?=$|e)/, "");
+
 function ticksOf(low, high, integers) {
   const rough = (high - low) / 5 || 1, unit = 10 ** Math.floor(Math.log10(rough));
   let step = [1, 2, 2.5, 5, 10].map(m => m * unit).find(s => s >= rough * 0.999);
@@ -28,9 +31,9 @@ function chart({ series = [], dots = [], xLabel, yLabel, width = 520, height = 3
   const px = x => left + (x - x0) / (x1 - x0) * (width - left - right), py = y => height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom);
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label || `${yLabel} over ${xLabel}` });
   for (const t of ticksOf(y0, y1)) {
-    svg.append(draw("line", { class: "rule", x1: left, x2: width - right, y1: py(t), y2: py(t) }), draw("text", { class: "tick", x: left - 6, y: py(t) + 4, "text-anchor": "end" }, number(t)));
+    svg.append(draw("line", { class: "rule", x1: left, x2: width - right, y1: py(t), y2: py(t) }), draw("text", { class: "tick", x: left - 6, y: py(t) + 4, "text-anchor": "end" }, tick(t)));
   }
-  for (const t of ticksOf(x0, x1, integers)) svg.append(draw("text", { class: "tick", x: px(t), y: height - bottom + 16, "text-anchor": "middle" }, integers ? t : number(t)));
+  for (const t of ticksOf(x0, x1, integers)) svg.append(draw("text", { class: "tick", x: px(t), y: height - bottom + 16, "text-anchor": "middle" }, integers ? t : tick(t)));
   svg.append(draw("text", { class: "axis", x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, xLabel));
   svg.append(draw("text", { class: "axis", "text-anchor": "middle", transform: `translate(13 ${(top + height - bottom) / 2}) rotate(-90)` }, yLabel));
   const path = points => points.map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`).join(" ");
