@@ -59,6 +59,23 @@ def attention(world):
                 same(a.grad, layout.shard(b.grad, me))
 
 
+def groups(world):
+    """All-to-all in groups, a ring over the groups: a mesh of two dimensions."""
+    mesh, n, me = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("ring", "heads")), 37, dist.get_rank()
+    q, w = random(2, 4, n, 8), random(2, 4, n, 8, seed=1)
+    k, v = random(2, 2, 2, n, 8, seed=2)
+    layout = Layout.zigzag(n, world)
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*whole, pattern=Window(9), backend="reference")
+    (out * w).sum().backward()
+    mine = [layout.shard(x, me).clone().requires_grad_() for x in (q, k, v)]
+    found = scale.attend(*mine, mesh=mesh, method="usp", layout=layout, pattern=Window(9))
+    (found * layout.shard(w, me)).sum().backward()
+    same(found, layout.shard(out, me))
+    for a, b in zip(mine, whole, strict=True):
+        same(a.grad, layout.shard(b.grad, me))
+
+
 def scans(world):
     """LASP-2 over ranks is the scan in one place."""
     group, n, me = dist.group.WORLD, 37, dist.get_rank()

@@ -52,6 +52,17 @@ def lengths(
     return found
 
 
+def groups(rings: Wire, inner: Wire, found: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The lengths of all ranks, group after group, from those of each group."""
+    numbers = torch.tensor(list(found.values()))
+    key = ("groups", tuple(map(tuple, found.values())))
+    if key not in rings.agreed:
+        every = torch.stack(rings.all_gather(numbers if rings.device is None else numbers.to(rings.device), AGREEMENT))
+        whole = every.transpose(0, 1).flatten(1).tolist()
+        rings.agreed[key] = dict(zip(found, whole, strict=True))
+    return rings.agreed[key]
+
+
 def _dtype(code: int) -> str:
     return "nothing" if code < 0 else str(_DTYPES[code]) if code < len(_DTYPES) else "another dtype"
 

@@ -92,6 +92,31 @@ class Layout:
             load[rank] += work[chunk]
         return cls(tuple(tuple(sorted(h)) for h in held))
 
+    def groups(self, size: int) -> tuple[Layout, tuple[Layout, ...]]:
+        """Of groups of `size` successive ranks: the layout over the groups, and of each group that of its ranks.
+
+        Within a group, tokens count as they lie in the group.
+        """
+        if self.ranks % size:
+            raise ValueError(f"size must divide the {self.ranks} ranks, got {size}")
+        parts = [self.pieces[i : i + size] for i in range(0, self.ranks, size)]
+        whole = Layout(tuple(tuple(r for rank in part for r in rank) for part in parts))
+        inner = []
+        for part, held in zip(parts, whole.pieces, strict=True):
+            begins, at = {}, 0
+            for a, b in held:
+                begins[a] = at
+                at += b - a
+
+            def place(r: Range, begins: dict[int, int] = begins, held: tuple[Range, ...] = held) -> Range:
+                start = next(a for a, b in held if a <= r[0] and r[1] <= b) if r[1] > r[0] else held[0][0]
+                return begins[start] + r[0] - start if r[1] > r[0] else 0, begins[start] + r[1] - start if r[1] > r[
+                    0
+                ] else 0
+
+            inner.append(Layout(tuple(tuple(place(r) for r in rank) for rank in part)))
+        return whole, tuple(inner)
+
     @property
     def ranks(self) -> int:
         return len(self.pieces)

@@ -8,25 +8,36 @@ from typing import Any
 from torch import Tensor
 
 from attnlab.attend import pose
+from attnlab.cards import OPERATOR, Card, register
 from attnlab.patterns import Full, Pattern
 from attnlab.problem import Bias
 from attnlab.scale import agree
 from attnlab.scale.layout import Layout
 from attnlab.scale.ring import Job, ring_attention
 from attnlab.scale.states import document_starts, lasp2, sums
-from attnlab.scale.ulysses import by_heads, heads_of, ulysses
-from attnlab.scale.wire import Mesh, wire
+from attnlab.scale.ulysses import alone, by_heads, heads_of, ulysses
+from attnlab.scale.wire import Mesh, both, wire
 from attnlab.scan import _check
 
-METHODS = ("ring", "allgather", "ulysses", "heads")
+METHODS = ("ring", "allgather", "ulysses", "usp", "heads")
 
 
+@register(
+    Card(
+        name="context_parallel",
+        title="Ring Attention with Blockwise Transformers for Near-Infinite Context",
+        paper="2310.01889",
+        family="softmax",
+        kind=OPERATOR,
+        cost="N² / ranks",
+    )
+)
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    mesh: Mesh,
+    mesh: Mesh | tuple[Mesh, Mesh],
     method: str = "ring",
     layout: Layout | None = None,
     kv_layout: Layout | None = None,
@@ -45,7 +56,8 @@ def attend(
 
     Args:
         q, k, v: this rank's tokens, `(B, H, n, D)`, `(B, Hkv, m, D)`, `(B, Hkv, m, Dv)`.
-        mesh: one dimension of a `DeviceMesh`, or a process group.
+        mesh: one dimension of a `DeviceMesh`, or a process group; for usp one of two dimensions (or a pair), that of
+            the ring and that of the groups, whose ranks should be neighbours; `layout` counts group after group.
         method: how.
 
             | method    | what travels, forward                             | needs                  |
@@ -53,6 +65,7 @@ def attend(
             | ring      | the keys and values that others see, block by block | –                    |
             | allgather | all keys and values, by one collective (LASP-2H)  | room for all of them   |
             | ulysses   | a part of q, k, v for heads, and outputs back     | ranks that divide H    |
+            | usp       | ulysses in groups, a ring over the groups         | groups that divide H   |
             | heads     | outputs alone; q, k, v are whole on every rank    | ranks that divide H    |
         layout: which tokens lie on which rank; contiguous blocks of equal length if None.
         kv_layout: that of the keys, if another.
@@ -67,9 +80,14 @@ def attend(
     Raises:
         ValueError, TypeError: on all ranks, before anything large is sent, where they do not fit together.
     """
-    ranks = wire(mesh)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "usp":
+        ranks, inner = both(mesh)
+        size = ranks.size * inner.size
+    else:
+        ranks = inner = wire(mesh)  # type: ignore[arg-type]
+        size = ranks.size
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -77,10 +95,12 @@ def attend(
             raise ValueError(f"{name} must have four axes (batch, heads, tokens, channels), got {tuple(x.shape)}")
     if kv_chunk is not None and (kv_chunk < 1 or method not in ("ring", "allgather")):
         raise ValueError(f"kv_chunk must be positive and goes with ring or allgather, got {kv_chunk} for {method}")
-    if method in ("ulysses", "heads"):
-        heads_of(ranks, q.shape[1], k.shape[1])
+    if method in ("ulysses", "usp", "heads"):
+        heads_of(inner, q.shape[1], k.shape[1])
     choices = ("attend", method, pattern, kv_layout, scale, kv_chunk, return_lse)
-    found = agree.lengths(ranks, {"q": q, "k": k, "v": v}, choices, layout)
+    found = agree.lengths(inner, {"q": q, "k": k, "v": v}, choices, layout)
+    if method == "usp":  # what a group agrees about, the groups must too
+        found = agree.groups(ranks, inner, found)
     rows, held = found["q"], found["k"]
     asked = pattern or Full()
     if method == "heads":
@@ -90,21 +110,33 @@ def attend(
             q, k, v, ranks, pattern=pattern, bias=bias, scale=scale, return_lse=return_lse, backend=backend
         )
         return out if lse is None else (out, lse)
-    mine = agree.fitting(layout, rows, ranks.size)
+    mine = agree.fitting(layout, rows, size)
     same = kv_layout is None and (layout is None or rows == held)
-    keys = mine if same and rows == held else agree.fitting(kv_layout, held, ranks.size, "kv_layout")
+    keys = mine if same and rows == held else agree.fitting(kv_layout, held, size, "kv_layout")
     asked.check(mine.length, keys.length)
     if 0 not in q.shape and 0 not in k.shape:  # the rest of what attend checks
         pose(q, k.to(q.device), v.to(q.device), scale=scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if method == "ulysses":
-        out, lse = ulysses(
-            q, k, v, ranks, mine, keys, pattern=pattern, bias=bias, scale=scale, return_lse=return_lse, backend=backend
-        )
+        local = alone(scale=scale, return_lse=return_lse, backend=backend)
+        out, lse = ulysses(q, k, v, ranks, mine, keys, local, pattern=pattern, bias=bias)
         return out if lse is None else (out, lse)
-    job = Job(
-        ranks, mine, keys, asked, q.shape[-1] ** -0.5 if scale is None else float(scale), _four(bias, q, keys.length),
-        gather=method == "allgather", chunk=kv_chunk,
-    )  # fmt: skip
+    if method == "usp":
+        if isinstance(bias, Tensor):
+            raise ValueError("bias must be a function of positions for usp, got a tensor")
+        rings, groups = mine.groups(inner.size)
+        key_rings, key_groups = keys.groups(inner.size)
+
+        def within(
+            q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None, bias: Bias | None
+        ) -> tuple[Tensor, Tensor | None]:
+            return ring_attention(q, k, v, Job(ranks, rings, key_rings, pattern or Full(), scale, bias))
+
+        at = ranks.rank
+        out, lse = ulysses(q, k, v, inner, groups[at], key_groups[at], within, pattern=pattern, bias=bias)
+        return (out, lse) if return_lse and lse is not None else out
+    gather = method == "allgather"
+    job = Job(ranks, mine, keys, asked, scale, _four(bias, q, keys.length), gather=gather, chunk=kv_chunk)
     out, lse = ring_attention(q, k, v, job)
     return (out, lse) if return_lse else out
 
@@ -121,6 +153,16 @@ def _four(bias: Any, q: Tensor, keys: int) -> Any:
     return bias
 
 
+@register(
+    Card(
+        name="lasp2",
+        title="LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid",
+        paper="2502.07563",
+        family="linear",
+        kind=OPERATOR,
+        cost="N / ranks",
+    )
+)
 def scan(
     q: Tensor,
     k: Tensor,

@@ -14,35 +14,43 @@ from attnlab.scale.wire import Wire
 T = TypeVar("T")
 
 
+Letter = tuple[int, int, tuple[int, ...], int]  # from, to, the group, the number
+
+
 class _Post:
-    """Letters under (from, to, number), and the turn: one rank works at a time, until it waits for a letter."""
+    """Letters, and the turn: one rank works at a time, until it waits for a letter."""
 
     def __init__(self, ranks: int, timeout: float) -> None:
         self.ranks, self.timeout = ranks, timeout
-        self.letters: dict[tuple[int, int, int], Tensor] = {}
+        self.letters: dict[Letter, Tensor] = {}
         self.turn, self.failed = threading.Condition(), False
 
 
 class _Simulated(Wire):
-    def __init__(self, rank: int, post: _Post) -> None:
+    def __init__(self, rank: int, post: _Post, ranks: Sequence[int] = ()) -> None:
         super().__init__()
-        self.rank, self.size, self.post = rank, post.ranks, post
-        self.sent, self.expected = [0] * post.ranks, [0] * post.ranks
+        self.names = list(ranks or range(post.ranks))  # of the group, in the post's numbers
+        self.me, self.rank, self.size, self.post = rank, self.names.index(rank), len(self.names), post
+        self.sent, self.expected = [0] * self.size, [0] * self.size
+
+    def part(self, ranks: Sequence[int]) -> _Simulated:
+        """The group of some of the ranks, this one among them."""
+        return _Simulated(self.me, self.post, ranks)
 
     def _send(self, to: int, x: Tensor) -> None:
-        self.post.letters[self.rank, to, self.sent[to]] = x.detach().clone()
+        self.post.letters[self.me, self.names[to], tuple(self.names), self.sent[to]] = x.detach().clone()
         self.sent[to] += 1
         self.post.turn.notify_all()
 
-    def _receive(self, source: int) -> tuple[int, int, int]:
+    def _receive(self, source: int) -> Letter:
         self.expected[source] += 1
-        return source, self.rank, self.expected[source] - 1
+        return self.names[source], self.me, tuple(self.names), self.expected[source] - 1
 
-    def _take(self, letter: tuple[int, int, int]) -> Tensor:
+    def _take(self, letter: Letter) -> Tensor:
         post = self.post
         arrived = post.turn.wait_for(lambda: letter in post.letters or post.failed, post.timeout)
         if not arrived or letter not in post.letters:
-            raise RuntimeError(f"rank {letter[0]} sent nothing to rank {self.rank}")
+            raise RuntimeError(f"rank {letter[0]} sent nothing to rank {self.me}")
         return post.letters.pop(letter)
 
     def _exchange(self, sends: list[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> Any:
@@ -64,13 +72,14 @@ class _Simulated(Wire):
         return [self._take(letters[r]) if r in letters else x.detach().clone() for r in range(self.size)]
 
 
-def simulate(ranks: int, function: Callable[[Wire], T], *, timeout: float = 30.0) -> list[T]:
+def simulate(ranks: int, function: Callable[[Any], T], *, timeout: float = 30.0) -> list[T]:
     """What `function(wire)` returns on each of `ranks` ranks, which run as threads; the wire stands for a mesh.
 
     >>> simulate(2, lambda wire: wire.all_reduce(torch.tensor(wire.rank + 1)).item())
     [3, 3]
 
-    Autograd works on each rank by itself. The first error of any rank is raised.
+    Autograd works on each rank by itself; `wire.part(ranks)` is a group of some of them. The first error of any rank
+    is raised.
     """
     post, results, errors = _Post(ranks, timeout), dict[int, T](), list[BaseException]()
     grad = torch.is_grad_enabled()

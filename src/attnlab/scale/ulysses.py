@@ -1,12 +1,12 @@
 """All-to-all attention (Ulysses): each rank trades its part of the length for a part of the heads, and back.
 
 Between the two trades every rank holds the whole sequence for H/R heads, so any backend, pattern and weighting will do.
-Source: arXiv 2309.14509.
+Within, a ring over other ranks may take the place of the whole sequence (USP). Sources: arXiv 2309.14509, 2405.07719.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,11 +115,15 @@ def part_of_bias(bias: Bias | None, first: int, count: int) -> Bias | None:
     return lambda b, h, q, k: bias(b, h + first, q, k)
 
 
+# Attention of some heads of all tokens of a group, which lie in the order of their positions: out and lse.
+Within = Callable[[Tensor, Tensor, Tensor, Pattern | None, Bias | None], tuple[Tensor, Tensor | None]]
+
+
 def ulysses(
-    q: Tensor, k: Tensor, v: Tensor, wire: Wire, layout: Layout, keys: Layout, *, pattern: Pattern | None = None,
-    bias: Bias | None = None, **keywords: Any,
+    q: Tensor, k: Tensor, v: Tensor, wire: Wire, layout: Layout, keys: Layout, within: Within, *,
+    pattern: Pattern | None = None, bias: Bias | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """This rank's outputs and, with `return_lse`, its lse; `bias` is that of the whole sequence.
+    """This rank's outputs and lse; `within` attends for H/R heads, and `bias` is that of all its tokens.
 
     Sends, forward: (R − 1)/R of q, k, v and the output (key heads that several ranks need go to each); backward: again.
     """
@@ -132,17 +136,28 @@ def ulysses(
 
     if pattern is not None and pattern.per_head:
         pattern = HeadsFrom(pattern, first)
-    found = attend(
+    out, lse = within(
         trade(q, queries, layout), trade(k, needed, keys), trade(v, needed, keys),
-        pattern=pattern, bias=part_of_bias(bias, first, each), **keywords,
+        pattern, part_of_bias(bias, first, each),
     )  # fmt: skip
-    out, lse = found if isinstance(found, tuple) else (found, None)
 
     def back(x: Tensor) -> Tensor:
-        x = x if layout.in_order else x.index_select(2, layout.order(x.device))
+        x = x if layout.in_order else x.index_select(2, layout.order(x.device).argsort().argsort())
         return _Back.apply(x.contiguous(), wire, queries, layout.lengths)
 
     return back(out), None if lse is None else back(lse.unsqueeze(-1)).squeeze(-1)
+
+
+def alone(**keywords: Any) -> Within:
+    """The attention of one process."""
+
+    def within(
+        q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None, bias: Bias | None
+    ) -> tuple[Tensor, Tensor | None]:
+        found = attend(q, k, v, pattern=pattern, bias=bias, **keywords)
+        return found if isinstance(found, tuple) else (found, None)
+
+    return within
 
 
 class _Gather(torch.autograd.Function):
@@ -176,9 +191,7 @@ def by_heads(
     mine, theirs = list(queries[wire.rank]), list(needed[wire.rank])
     if pattern is not None and pattern.per_head:
         pattern = HeadsFrom(pattern, mine[0])
-    found = attend(
-        q[:, mine], k[:, theirs], v[:, theirs], pattern=pattern, bias=part_of_bias(bias, mine[0], len(mine)), **keywords
-    )
-    out, lse = found if isinstance(found, tuple) else (found, None)
+    own = part_of_bias(bias, mine[0], len(mine))
+    out, lse = alone(**keywords)(q[:, mine], k[:, theirs], v[:, theirs], pattern, own)
     whole_lse = None if lse is None else _Gather.apply(lse.contiguous(), wire)
     return _Gather.apply(out.contiguous(), wire), whole_lse

@@ -113,6 +113,8 @@ class Distributed(Wire):
         self.group, self.timeout = group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.names = [dist.get_global_rank(group, r) for r in range(self.size)]
+        if "nccl" in dist.get_backend(group):
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     def _wait(self, works: Sequence[dist.Work], what: str, others: Sequence[int]) -> None:
         limit = None if self.timeout is None else timedelta(seconds=self.timeout)
@@ -183,6 +185,15 @@ def wire(mesh: Mesh) -> Wire:
         if mesh not in _wires:
             _wires[mesh] = Distributed(mesh)
         return _wires[mesh]
+
+
+def both(mesh: Any) -> tuple[Wire, Wire]:
+    """The outer and the inner ranks of a mesh of two dimensions, or of a pair of meshes."""
+    if isinstance(mesh, DeviceMesh) and mesh.ndim == 2:
+        return tuple(wire(mesh.get_group(i)) for i in range(2))  # type: ignore[return-value]
+    if isinstance(mesh, tuple) and len(mesh) == 2:
+        return wire(mesh[0]), wire(mesh[1])
+    raise ValueError(f"mesh must have two dimensions, the ring's and the groups', got {mesh}")
 
 
 def traffic(mesh: Mesh) -> Traffic:
