@@ -12,7 +12,6 @@ import time
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from attnlab import scale
 from attnlab.models.skeletons.decoder import Decoder
@@ -60,6 +59,8 @@ def main(given: list[str] | None = None) -> float:
         vocabulary=256, dim=args.dim, depth=args.depth, heads=args.heads, mixer=args.mixer.split(",")
     ).to(kind)  # fmt: skip
     if args.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
         for part in (*model.blocks, model):
             fully_shard(part, mesh=everyone)
     parallel = scale.parallelize(model, mesh["context"], method=args.method, layout=args.layout)

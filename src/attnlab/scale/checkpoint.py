@@ -10,9 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import load as load_checkpoint
-from torch.distributed.checkpoint import save as save_checkpoint
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 _DONE = "complete"
 
@@ -25,12 +22,15 @@ def save(
     Sharded parameters (FSDP2) are written by whoever holds them. What is half written when a rank dies is never read:
     a folder counts only once it is marked. `more` are further entries, numbers and tensors, the same on all ranks.
     """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
     folder = Path(folder) / f"step-{step:08d}"
     if _first():
         shutil.rmtree(folder, ignore_errors=True)
     _barrier()
     weights, moments = get_state_dict(model, optimizer)
-    save_checkpoint({"model": weights, "optimizer": moments, "more": {"step": step, **more}}, checkpoint_id=folder)
+    checkpoint.save({"model": weights, "optimizer": moments, "more": {"step": step, **more}}, checkpoint_id=folder)
     _barrier()
     if _first():
         (folder / _DONE).touch()
@@ -45,13 +45,16 @@ def resume(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimize
 
     Another number of ranks than wrote it will do. `more` names the further entries, with what they are at the start.
     """
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
     found = _complete(Path(folder))
     rest: dict[str, Any] = {"step": 0, **more}
     if not found:
         return rest
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments, "more": rest}
-    load_checkpoint(state, checkpoint_id=found[-1])
+    checkpoint.load(state, checkpoint_id=found[-1])
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     return dict(state["more"])
 

@@ -52,7 +52,8 @@ def attend(
 
         out, lse = attend(q, k, v, mesh=mesh["cp"], pattern=Causal(), layout=Layout.zigzag(n, 4), return_lse=True)
 
-    Forward and backward; a rank's gradients are those of its own q, k, v from the sum of all ranks' losses.
+    Forward and backward; a rank's gradients are those of its own q, k, v from the sum of all ranks' losses. Sources:
+    arXiv 2310.01889 (ring), 2309.14509 (ulysses), 2405.07719 (usp), 2502.07563 (allgather).
 
     Args:
         q, k, v: this rank's tokens, `(B, H, n, D)`, `(B, Hkv, m, D)`, `(B, Hkv, m, Dv)`.
@@ -186,7 +187,7 @@ def scan(
 
     Every mechanism of `attnlab.scan`: additive, decayed per head or channel, delta rule, gated delta rule, KDA. What
     is sent does not grow with the length: `(R − 1) · B · H · Dk · (Dv + 1 or Dk)` numbers for each piece of the layout;
-    backward `(R − 1) · B · H · Dk · Dv`. With contiguous blocks there is one piece.
+    backward `(R − 1) · B · H · Dk · Dv`. With contiguous blocks there is one piece. Source: arXiv 2502.07563.
 
     Args:
         q, k, v, decay, beta: this rank's tokens, shaped as for `attnlab.scan`.

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
 
 from attnlab.lens.event import Event
 from attnlab.lens.subscriber import Handle, Subscriber
@@ -172,7 +171,7 @@ class ContextParallel(nn.Module):
             for module in training:
                 module.training = True
             for module in self.model.modules():
-                if isinstance(module, FSDPModule):  # what a forward alone leaves gathered, no optimizer must find
+                if hasattr(module, "reshard"):  # FSDP2: what a forward alone leaves gathered, no optimizer must find
                     module.reshard()
         whole, mine = (x.logits if hasattr(x, "logits") else x for x in (whole, mine))
         wanted = self.shard(whole)
