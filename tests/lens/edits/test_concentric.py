@@ -44,6 +44,13 @@ def test_visibility_equals_a_loop_over_pairs(grid):
     assert torch.equal(allowed[start : start + len(ring)].sum(1), start + counts[ring])
 
 
+def test_reversed_is_the_raster_backwards():
+    at = place(torch.arange(3 + 6 + 2), 3, (2, 3), "reversed")
+    assert at.tolist() == [0, 1, 2, 8, 7, 6, 5, 4, 3, 9, 10]
+    block = ConcentricCausal(3, (2, 3), "reversed").matrix(11)[3:9, 3:9]
+    assert torch.equal(block, torch.ones(6, 6, dtype=torch.bool).triu())
+
+
 def test_text_goes_on_where_the_rings_end():
     at = place(torch.arange(3 + 16 + 3), 3, (4, 4))
     assert at[:3].tolist() == [0, 1, 2] and at[-3:].tolist() == [5, 6, 7]
@@ -146,6 +153,8 @@ def test_attnlabs_own_attention_takes_the_pattern_and_the_positions(transformers
 def test_bad_arguments_are_named(transformers):
     with pytest.raises(ValueError, match="height and width must be at least 1"):
         rings(0, 4)
+    with pytest.raises(ValueError, match="order must be 'concentric' or 'reversed'"):
+        ConcentricPositions((4, 4), order="spiral")
     with pytest.raises(ValueError, match="start must be 0 or more"):
         ConcentricCausal(-1, (4, 4))
     model, inputs = tiny_llava(transformers), ask()

@@ -6,6 +6,7 @@ import numpy
 import pytest
 import torch
 
+from attnlab import lens
 from attnlab.lens.edits.emphasise import (
     EmphasiseTokens,
     ImageAttention,
@@ -140,6 +141,22 @@ def test_a_cached_step_edits_one_row_and_it_is_the_last_of_the_whole(transformer
     torch.testing.assert_close(seen.kept[last][:, :, 0], full[last][:, :, -1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(full[last][:, :, :-1], plain.kept[last][:, :, :-1], atol=1e-6, rtol=1e-5)
     assert (full[last] - plain.kept[last]).abs().max() > 1e-3
+
+
+def test_patches_are_chosen_from_what_the_encoder_was_seen_to_do(transformers):
+    model, inputs = tiny_llava(transformers), ask()
+    with lens.watch(model, layers="*vision_tower*") as record:
+        logits(model, inputs)
+    first, late = record[0][0], record[-2][0]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+    torch.testing.assert_close(first, maps[0][0], atol=1e-5, rtol=1e-5)
+    found, wanted = informative_patches(first, late), informative_patches(maps[0][0], maps[-2][0])
+    assert torch.equal(found.top, wanted.top) and torch.equal(found.bottom, wanted.bottom)
+    assert found.top.any() and not (found.top & found.bottom).any()
+    image = inputs["input_ids"][0] == IMAGE
+    assert torch.equal(placed(found.top, image)[2:18], found.top) and placed(found.top, image).sum() == found.top.sum()
 
 
 def test_sensitive_heads_get_more_of_the_strength(transformers):

@@ -178,6 +178,15 @@ def test_others_at_the_tap_do_not_see_the_measurement(transformers):
     assert seen.calls == 2 + 4  # the vision layers and the decoder's, once each
 
 
+@pytest.mark.parametrize(("depth", "layers"), [(32, {1, *range(18, 32)}), (4, {1, 2, 3}), (1, {0})])
+def test_the_layers_are_the_second_and_the_last_fourteen_of_thirty_two(depth, layers):
+    decoder = torch.nn.Module()
+    decoder.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(depth))
+    edit = ReinforceHeads(torch.ones(3, dtype=torch.bool))
+    with steer(decoder, [edit]):
+        assert edit.chosen == layers
+
+
 def test_bad_arguments_are_named(transformers):
     with pytest.raises(ValueError, match="seen and unseen must both be"):
         divergence(torch.ones(2, 3), torch.ones(3, 2))

@@ -36,16 +36,28 @@ def depth(grid: tuple[int, int]) -> int:
     return (min(grid) + 1) // 2
 
 
-def place(at: Tensor, start: int | Tensor, grid: tuple[int, int]) -> Tensor:
+def ranks(grid: tuple[int, int], order: str = "concentric", *, device: torch.device | str | None = None) -> Tensor:
+    """Where each token of a grid comes among the image's, `(height · width)`: its ring, or its place from the end.
+
+    `order="reversed"`, the raster from its last token to its first, is what the paper holds against both.
+    """
+    if order not in ("concentric", "reversed"):
+        raise ValueError(f"order must be 'concentric' or 'reversed', got {order!r}")
+    ring = rings(*grid, device=device).flatten()
+    return ring if order == "concentric" else torch.arange(len(ring), device=device).flip(0)
+
+
+def place(at: Tensor, start: int | Tensor, grid: tuple[int, int], order: str = "concentric") -> Tensor:
     """Positions of the tokens that come `at`-th in a text whose image begins at `start`, row-major: the shape of `at`.
 
-        text before: at;  image: start + ring;  text after: at − V + R               V = height · width, R = `depth`
+        text before: at;  image: start + rank;  text after: at − V + R     V = height · width, R the number of ranks
 
     So a token decoded after L others stands at L − V + R, not at L.
     """
-    size, ring = math.prod(grid), rings(*grid, device=at.device).flatten()
-    within = start + ring[(at - start).clamp(0, size - 1)]
-    return torch.where(at < start, at, torch.where(at < start + size, within, at - size + depth(grid)))
+    size, rank = math.prod(grid), ranks(grid, order, device=at.device)
+    within = start + rank[(at - start).clamp(0, size - 1)]
+    after = at - size + (depth(grid) if order == "concentric" else size)
+    return torch.where(at < start, at, torch.where(at < start + size, within, after))
 
 
 @dataclass(frozen=True)
@@ -57,17 +69,19 @@ class ConcentricCausal(Pattern):
 
     start: int
     grid: tuple[int, int]
+    order: str = "concentric"
 
     def __post_init__(self) -> None:
+        ranks(self.grid, self.order)
         if self.start < 0 or len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"start must be 0 or more and grid (height, width), got {self.start} and {self.grid}")
 
     def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        ring = rings(*self.grid, device=q.device).flatten()
+        rank = ranks(self.grid, self.order, device=q.device)
         i, j = q - self.start, k - self.start
-        inside = (i >= 0) & (i < len(ring)) & (j >= 0) & (j < len(ring))
-        last = len(ring) - 1
-        return torch.where(inside, ring[j.clamp(0, last)] <= ring[i.clamp(0, last)], k <= q)
+        inside = (i >= 0) & (i < len(rank)) & (j >= 0) & (j < len(rank))
+        last = len(rank) - 1
+        return torch.where(inside, rank[j.clamp(0, last)] <= rank[i.clamp(0, last)], k <= q)
 
 
 _NEVER = 2**40  # a beginning that no prompt reaches
@@ -99,11 +113,13 @@ class ConcentricPositions(DecoderEdit):
     Args:
         grid: height and width of the image in tokens.
         image: see `DecoderEdit`.
+        order: "reversed" for the raster backwards, to compare with.
     """
 
-    def __init__(self, grid: tuple[int, int], image: Tensor | None = None) -> None:
+    def __init__(self, grid: tuple[int, int], image: Tensor | None = None, *, order: str = "concentric") -> None:
         super().__init__(image)
-        rings(*grid)  # refuses what is no grid
+        ranks(grid, order)  # refuses what is no grid, and no order
+        self.order = order
         self.grid = (int(grid[0]), int(grid[1]))
         self.begin: Tensor | None = None  # of each prompt's image
 
@@ -134,10 +150,10 @@ class ConcentricPositions(DecoderEdit):
         index = torch.arange(total, device=x.device).expand(batch, -1)
         first = self.begin.clamp_max(total - 1)
         start = torch.where(self.begin < total, at.gather(1, first), _NEVER)
-        positions = place(at, start, self.grid)
+        positions = place(at, start, self.grid, self.order)
         changed: dict[str, Any] = {"position_ids": positions[:, before:]}
         if before == 0:
-            seen = ConcentricCausal(0, self.grid).allows(
+            seen = ConcentricCausal(0, self.grid, self.order).allows(
                 x.new_zeros(()), x.new_zeros(()), (index - self.begin)[:, :, None], (index - self.begin)[:, None]
             )
             if padding is not None:

@@ -28,6 +28,8 @@ class Patches(NamedTuple):
 def informative_patches(first: Tensor, late: Tensor, *, local: float = 0.25, spatial: float = 0.0) -> Patches:
     """Informative and outlying patches from the attention `(H, 1 + n, 1 + n)` of a vision encoder, class token first.
 
+    `first` of its first layer, `late` of its last but one: `lens.watch(model, layers="*vision_tower*")` records them.
+
         top     the ⌊n · local⌋ patches that the class token looks at most in the first layer, heads summed,
                 and the ⌊n · spatial⌋ that the other patches look at most; less the bottom ones
         bottom  the ⌊n r⌋ that the class token looks at most in the last layer but one,

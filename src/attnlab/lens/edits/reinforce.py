@@ -104,6 +104,7 @@ class ReinforceHeads(HeadDivergence):
     Args:
         alpha: the strength; 1 changes nothing, and 4 spoils LLaVA's text.
         layers: of the decoder; the second and the last 14 of 32 (as LLaVA-1.5, of other depths in proportion) if None.
+            For InstructBLIP the paper takes the last 18.
         filtered: whether heads that fire without the image are left out.
         image, distance: see `HeadDivergence`.
     """
