@@ -90,7 +90,7 @@ def test_generation_with_a_cache_is_generation_without(llama, ids, name, options
         assert torch.equal(llama.generate(ids, use_cache=False, **GREEDY), found)
         assert torch.equal(llama.generate(ids, cache_implementation="static", **GREEDY), found)
         if name in ("linear", "kda"):
-            with pytest.raises(ValueError, match="attention_mask hides padding, and .* can leave nothing out"):
+            with pytest.raises(ValueError, match=r"attention_mask hides padding, and .* can leave nothing out"):
                 llama.generate(ids, attention_mask=padding, **GREEDY)
             with pytest.raises(ValueError, match="past_key_values was reordered"):
                 llama.generate(ids, num_beams=2, **GREEDY)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import attnlab
 from attnlab import lens
-from attnlab.hub import swap
+from attnlab.hub import register_transformers, swap
 from attnlab.patterns import Axial, Full, Neighborhood, PowersOfTwo, Prefixed, Window
 from attnlab.routing import TopKBlocks
 
@@ -167,6 +169,18 @@ def test_generation_agrees_with_every_cache_and_padding(llama, ids, padding, wha
 
 
 @torch.no_grad()
+def test_a_swap_is_the_same_under_our_own_attention_implementation(transformers, llama, ids, padding) -> None:
+    register_transformers()
+    ours = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(llama.config), attn_implementation="attnlab")
+    ours.eval().load_state_dict(llama.state_dict())
+    pattern = PowersOfTwo(block=4, window=1)
+    for cache in ({}, {"cache_implementation": "static"}):
+        with swap(llama, pattern), swap(ours, pattern):
+            found = ours.generate(ids, attention_mask=padding, **GREEDY, **cache)
+            assert torch.equal(found, llama.generate(ids, attention_mask=padding, **GREEDY, **cache))
+
+
+@torch.no_grad()
 def test_a_route_that_takes_everything_changes_nothing(timm) -> None:
     model, images = vit(timm), torch.randn(2, 3, 64, 64)
     wanted = model(images)
@@ -250,6 +264,11 @@ def test_bad_input_is_named_and_the_model_stays_as_it_was(timm, llama, ids) -> N
             swap(model, **keywords)
     with swap(model, Full()), pytest.raises(ValueError, match="open tap"), lens.tap(model):
         pass
+    with swap(model, ~Full()), pytest.raises(ValueError, match=r"hides every key of the 65 that blocks.0.attn"):
+        model(images)
+    with swap(model, Window(9)), swap(model, Full(), layers=[1]):
+        with pytest.raises(ValueError, match=r"blocks.1.attn has another pattern already"):
+            model(images)
     assert torch.equal(model(images), wanted)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

@@ -205,6 +205,17 @@ class Swap:
         return Difference(flops[0], flops[1], deviation, max(float(x.abs().max()) for x in apart), self.layers)
 
 
+@lru_cache(maxsize=256)
+def _shows(where: Pattern, keys: int, layer: str) -> None:
+    """Raise if the first, the middle and the last token see no key at all."""
+    if where.per_batch or where.per_head:
+        return
+    zero = torch.zeros((), dtype=torch.long)
+    some = torch.tensor([[0], [keys // 2], [keys - 1]])
+    if not where.allows(zero, zero, some, torch.arange(keys)).any():
+        raise ValueError(f"{where} hides every key of the {keys} that {layer} looks at")
+
+
 def _counts(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 0
 
@@ -245,11 +256,14 @@ class PatternSwap(Swap, Subscriber):
         if event.source == "attend":
             self._narrow(event, where)
             return
+        if event.pattern is not None or event.route is not None:
+            raise ValueError(f"{event.name} has another pattern already: undo that swap, or join the two by &")
         host = self._host(event)
         mask = event.mask if event.mask is not None and event.mask.dtype != torch.bool else None
         event.mask, event.is_causal = mask, False
         if isinstance(where, Pattern):
             where.check(host.nq + host.offset, host.nk)
+            _shows(where, host.nk, event.name)
             event.pattern = host.pattern(where)
         else:
             event.pattern = host.pattern(None)
