@@ -354,7 +354,7 @@ def interrupted(world):
         assert (a - b).abs().max() < 1e-8 * b.abs().max()
 
 
-TIMEOUT = 6.0
+TIMEOUT = 8.0
 ALONE = ("dies", "hangs", "interrupted")  # each in processes of its own, which it may lose
 
 

@@ -172,7 +172,7 @@ class ContextParallel(nn.Module):
                 module.training = True
             for module in self.model.modules():
                 if hasattr(module, "reshard"):  # FSDP2: what a forward alone leaves gathered, no optimizer must find
-                    module.reshard()
+                    module.reshard()  # type: ignore[operator]
         whole, mine = (x.logits if hasattr(x, "logits") else x for x in (whole, mine))
         wanted = self.shard(whole)
         off = float((mine - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
