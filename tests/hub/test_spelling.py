@@ -1,5 +1,8 @@
 """Patterns as text: what is written down reads back as itself, and nothing but patterns is ever built."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -35,3 +38,12 @@ def test_anything_else_is_refused_with_the_text(text: str) -> None:
 def test_what_holds_a_tensor_cannot_be_spelled() -> None:
     with pytest.raises(ValueError, match="numbers alone"):
         spell_pattern(Explicit(torch.ones(3, 3, dtype=torch.bool)))
+
+
+def test_the_hub_loads_none_of_the_libraries_that_it_serves() -> None:
+    code = (
+        "import sys; from attnlab.hub import load_official, register_timm, register_transformers, swap; "
+        "print(sorted({'timm', 'transformers', 'diffusers', 'torchvision'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

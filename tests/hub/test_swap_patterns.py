@@ -235,6 +235,13 @@ def test_explain_counts_what_is_saved_and_what_changes(timm) -> None:
     assert n * n * 48 < found.flops_before
 
 
+def test_explain_takes_keywords_and_structured_outputs(llama, ids, padding) -> None:
+    with swap(llama, Window(2), layers="model.layers.1.*") as narrow:
+        found = narrow.explain(input_ids=ids, attention_mask=padding)
+        assert found.layers == ("model.layers.1.self_attn",) and found.deviation > 0.01
+        assert found == narrow.explain(input_ids=ids, attention_mask=padding)
+
+
 def test_bad_input_is_named_and_the_model_stays_as_it_was(timm, llama, ids) -> None:
     model, images = vit(timm), torch.randn(1, 3, 64, 64)
     wanted = model(images)

@@ -120,7 +120,7 @@ class Host:
     gone: int
     base: Literal["full", "causal"] | Asked
     rows: list[Rows]
-    _few: dict[Where | None, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    _few: dict[Where | None, tuple[Tensor | slice | None, Tensor | None]] = field(default_factory=dict)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, where: Where | None, *, scale: float | None = None, dropout: float = 0.0,
@@ -218,7 +218,7 @@ class Host:
         ).reshape(*q.shape[:3], v.shape[-1])
         return out if dead is None or not dead.any() else out.masked_fill(dead, 0.0)
 
-    def _seen(self, where: Pattern | None, batch: int, at: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    def _seen(self, where: Pattern | None, batch: int, at: torch.device) -> tuple[Tensor | slice | None, Tensor | None]:
         """The keys that some query sees (None: all), and of those the mask `(B or 1, H or 1, Nq, n)` (None: all)."""
         zero = torch.zeros((), dtype=torch.long, device=at)
         q, k = torch.arange(self.nq, device=at)[:, None], torch.arange(self.nk, device=at)
@@ -238,7 +238,10 @@ class Host:
         wanted = seen.any(dim=(0, 1, 2))
         if wanted.all():
             return None, None if seen.all() else seen
-        index = wanted.nonzero()[:, 0]
+        places = wanted.nonzero()[:, 0]
+        index: Tensor | slice = places
+        if len(places) and int(places[-1] - places[0]) == len(places) - 1:
+            index = slice(int(places[0]), int(places[-1]) + 1)  # keys that lie together are not copied
         seen = seen[..., index]
         return index, None if seen.all() else seen
 
