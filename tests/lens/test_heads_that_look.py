@@ -21,9 +21,12 @@ def test_the_guide_runs_and_prints_what_it_shows(transformers, capsys):
     blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", GUIDE.read_text(), re.M | re.S)
     assert len(blocks) > 8
     names: dict = {}
+    printed = ""
     for block, shown in blocks:
         exec(block, names)
-        assert shape(capsys.readouterr().out) == shape(shown)
+        out = capsys.readouterr().out
+        assert shape(out) == shape(shown)
+        printed += out
 
     model, against, looking = names["model"], names["against"], names["looking"]
     lens, answers = names["lens"], names["answers"]
@@ -42,6 +45,11 @@ def test_the_guide_runs_and_prints_what_it_shows(transformers, capsys):
     said = names["guided"](names["seen"], names["unseen"], guidance=3.0).argmax(-1)
     assert float((said == against.habits).float().mean()) < habit
 
+    # Hiding the planted sinks costs nothing, and what they give away goes to the other cells.
+    found = re.findall(r"right ([\d.]+) %; attention: sinks ([\d.]+), other cells ([\d.]+)", printed)
+    plain, sunk, hidden, redistributed = [[float(x) for x in row] for row in found]
+    assert hidden[0] > plain[0] - 3
+    assert redistributed[1] < sunk[1] and redistributed[2] > sunk[2]
     # Attention to the image rises with the emphasis.
     masses = []
     for alpha in (0.0, 0.3, 0.9, 2.0):
