@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from attnlab.scale.neighbours import tokens_before
 from attnlab.scale.wire import Mesh, Wire, wire
 from attnlab.weightings import SOFTMAX
 
+_taken: WeakSet[nn.Module] = WeakSet()
 LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": Layout.zigzag, "contiguous": Layout.contiguous}
 
 
@@ -92,12 +94,16 @@ class ContextParallel(nn.Module):
     def open(self) -> None:
         """Take over the model's attention, if it is not taken over already."""
         if self._leave is None:
+            if self.model in _taken:
+                raise ValueError(f"{type(self.model).__name__} is spread over ranks already: close() what spreads it")
             self._leave = join(self.model, self.spread)
+            _taken.add(self.model)
 
     def close(self) -> None:
         """Give the model back as it was."""
         if self._leave is not None:
             leave, self._leave = self._leave, None
+            _taken.discard(self.model)
             leave()
 
     def layout(self, length: int) -> Layout:
