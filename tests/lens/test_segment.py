@@ -59,7 +59,10 @@ def test_refinement_gives_the_mask_back_to_sam(transformers) -> None:
         for _ in range(2):
             best = int(out.iou_scores[0, 0].argmax())
             out = model(**given, input_masks=out.pred_masks[:, 0, best : best + 1])
-    assert segmenter.mask(points, labels)[1] == pytest.approx(float(out.iou_scores.max()), abs=1e-5)
+    _, score = segmenter.mask(points, labels)
+    assert score == pytest.approx(float(out.iou_scores.max()), abs=1e-5)
+    segmenter.refinements = 0
+    assert abs(segmenter.mask(points, labels)[1] - score) > 1e-4
 
 
 class Paint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -116,3 +117,9 @@ def test_what_does_not_fit_is_refused() -> None:
         keep_regions(torch.rand(4, 4), rank="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no square"):
         square_grid(35)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.ndimage", None)
+    with pytest.raises(ImportError, match=r"needs the package 'scipy': pip install 'attnlab\[data\]'"):
+        components(torch.ones(3, 3))
