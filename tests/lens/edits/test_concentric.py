@@ -122,6 +122,22 @@ def test_turning_the_image_by_ninety_degrees_changes_nothing_after_one_layer(tra
         torch.testing.assert_close(last(turned), last(x), atol=1e-5, rtol=1e-5)
 
 
+def test_the_text_is_as_near_to_the_top_of_the_image_as_to_its_bottom():
+    # Queries and keys that are all the same: what rotary positions alone make of LLaVA's 24 × 24 tokens.
+    rotary, same, start, n = Rotary(64), torch.ones(1, 64), 35, 35 + 576 + 1
+
+    def seen(at):
+        keys = rotary.turn_to(same.expand(n, -1), at)
+        scores = (keys[-1] @ keys.mT / 8)[start : start + 576].view(24, 24)
+        return scores[0].mean(), scores[-1].mean(), at[-1] - at[start : start + 576].min()
+
+    top, bottom, far = seen(torch.arange(n))
+    assert top < 0.75 * bottom and far == 576
+    top, bottom, far = seen(place(torch.arange(n), start, (24, 24)))
+    torch.testing.assert_close(top, bottom)
+    assert far == 12
+
+
 def test_models_of_both_shapes_change_and_are_left_as_they_were(transformers):
     for model, inputs, grid in both(transformers):
         plain, before = logits(model, inputs), answers(model, inputs)

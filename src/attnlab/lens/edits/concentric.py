@@ -164,7 +164,7 @@ class ConcentricPositions(DecoderEdit):
 
     def _starts(self, batch: int, total: int, device: torch.device) -> Tensor:
         """Where the image begins in each prompt, `(B, 1)`; `_NEVER` where there is none."""
-        image, size = self.image_keys(total).to(device), math.prod(self.grid)
+        image, size = self.image_keys(total, device), math.prod(self.grid)
         image = image.expand(batch, -1)
         count, start = image.sum(-1, keepdim=True), image.long().argmax(-1, keepdim=True)
         index = torch.arange(total, device=device)

@@ -57,14 +57,14 @@ class DecoderEdit(Edit):
         """Which layer of the decoder made the call."""
         return self.depths[event.module]
 
-    def image_keys(self, keys: int, tokens: Tensor | None = None) -> Tensor:
+    def image_keys(self, keys: int, device: torch.device, tokens: Tensor | None = None) -> Tensor:
         """The image's tokens (or others marked in the prompt) among `keys` keys, the prompt's first: `(…, keys)`."""
         mask = self.image if tokens is None else tokens
         if mask is None:
             raise ValueError("the prompt's input_ids have not been seen: pass them by name, or give image")
         if mask.shape[-1] > keys:
             raise ValueError(f"image covers {mask.shape[-1]} tokens, but the prompt has {keys}")
-        return torch.nn.functional.pad(mask, (0, keys - mask.shape[-1]))
+        return torch.nn.functional.pad(mask.to(device), (0, keys - mask.shape[-1]))
 
     def _prompted(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         ids = keywords.get("input_ids", arguments[0] if arguments else None)

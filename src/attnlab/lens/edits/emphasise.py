@@ -102,8 +102,10 @@ def modulation(sensitivity: Tensor) -> Tensor:
 def guided(conditional: Tensor, unconditional: Tensor, *, guidance: float = 1.1, cutoff: float = 0.1) -> Tensor:
     """Logits `(…, V)` moved away from those without the image, among the tokens that are likely with it.
 
-    s = log softmax(conditional), u = log softmax(unconditional):  guidance (s − u) + u;  −∞ where
-    s < ln(cutoff) + max s                                          classifier-free guidance, as PAI has it
+        s = log softmax(conditional), u = log softmax(unconditional)
+        guidance (s − u) + u,  and −∞ where s < ln(cutoff) + max s
+
+    Classifier-free guidance as PAI has it (arXiv 2407.21771).
     """
     if not 0 < cutoff <= 1:
         raise ValueError(f"cutoff must lie in 0 to 1, without 0, got {cutoff}")
@@ -135,7 +137,7 @@ class ImageAttention(DecoderEdit):
 
     def after(self, event: Event, out: Tensor) -> None:
         depth, row = self.depth(event), event.weights()[:, :, -1]
-        mass = (row * self.image_keys(row.shape[-1]).reshape(-1, 1, row.shape[-1])).sum(-1)
+        mass = (row * self.image_keys(row.shape[-1], row.device).reshape(-1, 1, row.shape[-1])).sum(-1)
         self.sums[depth] = self.sums.get(depth, torch.zeros_like(mass[0])) + mass.detach().sum(0)
         self.counts[depth] = self.counts.get(depth, 0) + len(mass)
 
@@ -194,10 +196,10 @@ class EmphasiseTokens(DecoderEdit):
         return handles
 
     def scores(self, event: Event, scores: Tensor) -> Tensor:
-        keys = scores.shape[-1]
+        keys, device = scores.shape[-1], scores.device
         factor: float | Tensor = 1.0 if self.strengths is None else self.strengths[self.depth(event)].to(scores)
-        top = self.image_keys(keys, self.top)
-        bottom = None if self.bottom is None else self.image_keys(keys, self.bottom)
+        top = self.image_keys(keys, device, self.top)
+        bottom = None if self.bottom is None else self.image_keys(keys, device, self.bottom)
         new = emphasise(scores, top, bottom, alpha=self.alpha * factor, beta=self.beta * factor)
         return self.put(event, new, scores)
 

@@ -163,7 +163,8 @@ class RedistributeSinks(DecoderEdit):
             self.sinks[depth] = sink_tokens(hidden, self.dimensions, self.tau)
         if depth not in self.sinks:
             raise ValueError(f"{event.name}: the prompt went by before the sinks were looked for; steer from its start")
-        sinks, image = self.image_keys(keys, self.sinks[depth]), self.image_keys(keys)
+        device = weights.device
+        sinks, image = self.image_keys(keys, device, self.sinks[depth]), self.image_keys(keys, device)
         rows = image_heads(weights, sinks, image, rho=self.rho, floor=self.floor)
         # Queries after the last token of the image.
         after = ~image.flip(-1).cummax(-1).values.flip(-1) if image.any() else image

@@ -66,7 +66,7 @@ class HeadDivergence(DecoderEdit):
             return
         self.found = {}
         x = taken(decoder, arguments, keywords)
-        image = self.image_keys(x.shape[1]).to(x.device).expand(len(x), -1)
+        image = self.image_keys(x.shape[1], x.device).expand(len(x), -1)
         if not image.any():
             return
         both = _with_and_without(x, image, keywords.get("attention_mask"), keywords.get("position_ids"))
