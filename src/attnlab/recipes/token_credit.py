@@ -38,6 +38,7 @@ def shape_advantages(advantages: Tensor, multipliers: Tensor) -> Tensor:
         title="Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy "
         "Optimization",
         paper="2510.13554",
+        system="preplan_anchor",
         family="reinforcement",
         kind=RECIPE,
         cost="n",

@@ -11,10 +11,13 @@ from torch import Tensor
 from attnlab.lens.measures.anchors import (
     MODES,
     changes,
+    coupling,
     fai,
     head_groups,
     mean_distances,
     multipliers,
+    peaks,
+    receiver_scores,
     rhythm,
     top_share,
     waad,
@@ -150,6 +153,35 @@ def test_a_single_token_and_a_gain_of_one(mode: str) -> None:
     assert multipliers(torch.rand(9), torch.rand(9), mode, gain=1.0).eq(1).all()
 
 
+def test_receivers_are_heads_whose_queries_agree() -> None:
+    """One key of thirty has it all: kurtosis (n² − 3n + 3)/(n − 1) of one among n; uniform rows are far below."""
+    found = receiver_scores(torch.stack((on_first(), uniform(), maps())))
+    assert found[0].item() == pytest.approx((30 * 30 - 3 * 30 + 3) / 29)
+    assert found[0] > found[2] and found[0] > 10 * found[1]
+    influence = fai(maps(), lo=10, hi=N)[:30]
+    spread = influence - influence.mean()
+    assert (spread**4).mean() / (spread**2).mean() ** 2 < found[0]
+
+
+def test_peaks_stand_out_from_their_neighbours() -> None:
+    values = torch.tensor([0.0, 5, 1, 9, 9, 2, 6, 8, 1, 3])
+    assert peaks(values, 0.5).nonzero().flatten().tolist() == [1, 3, 4, 7]
+    assert peaks(values, 0.8).nonzero().flatten().tolist() == [3, 4]
+
+
+def test_couplings_are_ratios_to_chance() -> None:
+    rng = torch.Generator().manual_seed(0)
+    at = torch.zeros(200, dtype=torch.bool)
+    at[::10] = True
+    values = torch.ones(200)
+    assert coupling(at, values) == pytest.approx(1.0)
+    values[at] = 3.0  # of a mean of 1.2
+    assert coupling(at, values, generator=rng, shuffles=500) == pytest.approx(3 / 1.2, rel=0.02)
+    later = at.roll(2).double()  # a peak two places on: met within 3 places always, by chance in 3 of 10
+    assert coupling(at, later) == 0.0
+    assert coupling(at, later, ahead=2, generator=rng, shuffles=500) == pytest.approx(10 / 3, rel=0.05)
+
+
 def test_bad_input_is_named() -> None:
     for call, message in (
         (lambda: waad(maps(), N), "prompt must leave"),
@@ -160,6 +192,9 @@ def test_bad_input_is_named() -> None:
         (lambda: multipliers(torch.rand(4), torch.rand(5)), "one response"),
         (lambda: multipliers(torch.rand(4), torch.rand(4), "global"), "mode must be one of"),
         (lambda: multipliers(torch.rand(4), torch.rand(4), gain=0.5), "gain"),
+        (lambda: coupling(torch.zeros(4, dtype=torch.bool), torch.rand(4)), "somewhere true"),
+        (lambda: receiver_scores(maps(size=8)), "more than 11"),
+        (lambda: peaks(torch.rand(2, 3)), "one response"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

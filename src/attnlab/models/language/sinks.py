@@ -127,6 +127,7 @@ def _sizes() -> dict[str, Size]:
         name="sink_lm",
         title="When Attention Sink Emerges in Language Models: An Empirical View",
         paper="2410.10781",
+        system="attnsink",
         family="language",
         kind=LM,
         capabilities=CAUSAL_SELF | ANY_LENGTH | STREAMING,
