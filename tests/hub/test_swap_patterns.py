@@ -169,6 +169,18 @@ def test_generation_agrees_with_every_cache_and_padding(llama, ids, padding, wha
 
 
 @torch.no_grad()
+def test_positions_go_on_where_a_sliding_cache_drops_keys(transformers) -> None:
+    config = transformers.MistralConfig(**DECODER, sliding_window=9)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(1, 64, (1, 13))
+    greedy = dict(max_new_tokens=30, do_sample=False)
+    with swap(model, PowersOfTwo(block=4, window=1)):
+        found = model.generate(ids, **greedy)
+        assert torch.equal(found, model.generate(ids, use_cache=False, **greedy))
+        assert torch.equal(found, model.generate(ids, cache_implementation="static", **greedy))
+
+
+@torch.no_grad()
 def test_a_swap_is_the_same_under_our_own_attention_implementation(transformers, llama, ids, padding) -> None:
     register_transformers()
     ours = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(llama.config), attn_implementation="attnlab")

@@ -330,27 +330,35 @@ def _between(start: Tensor, end: Tensor, n: int) -> Tensor:
     return (at >= start[:, None]) & (at < end[:, None])
 
 
-def tensor_host(mask: Tensor | None, causal: bool, batch: int, nq: int, nk: int, *, crossing: bool = False) -> Host:
+def tensor_host(
+    mask: Tensor | None, causal: bool, batch: int, nq: int, nk: int, *, crossing: bool = False,
+    at: tuple[int, int] | None = None,
+) -> Host:  # fmt: skip
     """What a mask handed to an attention call hides: bool, or added to the scores with 0 and very negative entries.
 
-    Positions are read off it: the last key that anybody sees is where the last query stands; without a mask, fewer
-    queries than keys stand at the end (unless `crossing`, where they are of two texts). Reads `mask` once or twice.
+    `at` are the positions of the first query and of the first key. Where they are not known they are read off the mask:
+    the last key that anybody sees is where the last query stands; without a mask, fewer queries than keys stand at the
+    end (unless `crossing`, where they are of two texts). Reads `mask` once or twice.
     """
+    offset, gone = (0, 0) if at is None else at
     if mask is None:
-        offset = 0 if crossing or causal or nq >= nk else nk - nq
-        return Host(nq, nk, offset, 0, "causal" if causal else "full", padded(None, nq, nk, 0, offset, causal) or [])
+        if at is None:
+            offset = 0 if crossing or causal or nq >= nk else nk - nq
+        rows = padded(None, nq, nk, gone, offset, causal) or []
+        return Host(nq, nk, offset, gone, "causal" if causal else "full", rows)
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
     if mask.dtype != torch.bool:
         mask = mask > _HIDDEN
     columns = mask.any(dim=(1, 2)).expand(batch, nk)
-    last = int(columns.any(0).long().mul(torch.arange(1, nk + 1, device=mask.device)).max())
-    offset = 0 if crossing or nq >= nk else max(last - nq, 0)
+    if at is None and not crossing and nq < nk:
+        last = int(columns.any(0).long().mul(torch.arange(1, nk + 1, device=mask.device)).max())
+        offset = max(last - nq, 0)
     for base in ("full", "causal"):
         if base == "causal" and crossing:
             continue
-        rows = padded(columns, nq, nk, 0, offset, base == "causal")
-        if rows is not None and all(_agrees(mask, row, base, offset, nq) for row in rows):
-            return Host(nq, nk, offset, 0, base, rows)
+        found = padded(columns, nq, nk, 0, offset - gone, base == "causal")
+        if found is not None and all(_agrees(mask, row, base, offset - gone, nq) for row in found):
+            return Host(nq, nk, offset, gone, base, [_beyond(row, gone) for row in found])
     starts = columns.long().argmax(1).tolist()
     kinds: dict[int, list[int]] = {}
     for i, start in enumerate(starts):
@@ -361,8 +369,15 @@ def tensor_host(mask: Tensor | None, causal: bool, batch: int, nq: int, nk: int,
         zero = torch.zeros_like(b)
         return mask[tuple(i if n > 1 else zero for n, i in zip(mask.shape, (b, h, q, k), strict=True))]
 
-    rows = [Rows(None if len(kinds) == 1 else every[some], 0, nk, start) for start, some in kinds.items()]
-    return Host(nq, nk, offset, 0, Asked(ask, every, heads=mask.shape[1] > 1), rows)
+    rows = [
+        _beyond(Rows(None if len(kinds) == 1 else every[some], 0, nk, start), gone) for start, some in kinds.items()
+    ]
+    return Host(nq, nk, offset, gone, Asked(ask, every, heads=mask.shape[1] > 1), rows)
+
+
+def _beyond(rows: Rows, gone: int) -> Rows:
+    """Rows of a cache that has dropped its first keys: a text that begins where it does began before."""
+    return Rows(rows.batch, rows.start, rows.end, rows.first + gone if rows.first else 0) if gone else rows
 
 
 def _agrees(mask: Tensor, rows: Rows, base: str, offset: int, nq: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -88,7 +89,7 @@ def _mechanism(what: Any) -> type[Mechanism] | None:
     if isinstance(what, type) and issubclass(what, Mechanism):
         return what
     if not isinstance(what, str) or "(" in what or what in patterns.__all__:
-        return None
+        return getattr(self._now, "places", {}).get(module)
     card = cards.describe(_ALIASES.get(what, what))  # which says what names are close
     found = cards.target(card.name)
     if card.kind is not cards.TOKENS or not (isinstance(found, type) and issubclass(found, Mechanism)):
@@ -220,6 +221,30 @@ def _counts(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 0
 
 
+class Caches:
+    """Where the queries and the keys of a call stand, as the cache of a transformers model says."""
+
+    def __init__(self) -> None:
+        self._now = threading.local()
+
+    def open(self, model: nn.Module) -> list[Handle]:
+        layers = (m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int))
+        return [m.register_forward_pre_hook(self._read, with_kwargs=True) for m in layers]
+
+    def _read(self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        cache: Any = keywords.get("past_key_values")
+        x = keywords.get("hidden_states", next(iter(arguments), None))
+        places = self._now.__dict__.setdefault("places", {})
+        places.pop(module, None)
+        if hasattr(cache, "get_mask_sizes") and hasattr(cache, "get_query_offset") and isinstance(x, Tensor):
+            gone = cache.get_mask_sizes(x.shape[1], module.layer_idx)[1]
+            places[module] = (int(cache.get_query_offset(module.layer_idx)), int(gone))
+
+    def of(self, module: nn.Module) -> tuple[int, int] | None:
+        """The positions of the first query and of the first key of the module's call; None without a cache."""
+        return getattr(self._now, "places", {}).get(module)
+
+
 class PatternSwap(Swap, Subscriber):
     """Another pattern under unchanged weights, at the tap of a model."""
 
@@ -227,6 +252,7 @@ class PatternSwap(Swap, Subscriber):
         self.model, self._choose, self._grids = model, choose, grids
         self.where = Choice(layers=layers)
         self._on = True
+        self._caches = Caches()
         self._last: tuple[Any, Host, Tensor | None] | None = None
         self._leave: Callable[[], None] | None = join(model, self)
 
@@ -239,7 +265,7 @@ class PatternSwap(Swap, Subscriber):
         self._on = on
 
     def open(self, model: nn.Module) -> Iterable[Handle]:
-        return self._grids.open()
+        return [*self._grids.open(), *self._caches.open(model)]
 
     def finish(self, step: int) -> None:
         self._last = None
@@ -289,11 +315,12 @@ class PatternSwap(Swap, Subscriber):
         """What the model hides; layers of one pass that share a mask share the answer."""
         mask, nq, nk = event.mask, event.q.shape[2], event.k.shape[2]
         it = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride(), mask._version)
-        key = (it, event.is_causal, len(event.q), nq, nk)
+        at = self._caches.of(event.module)
+        key = (it, event.is_causal, len(event.q), nq, nk, at)
         last = self._last
         if last is None or last[0] != key:
             # The mask is kept, so that no other can come to lie where it lies.
-            last = self._last = (key, tensor_host(mask, event.is_causal, len(event.q), nq, nk), mask)
+            last = self._last = (key, tensor_host(mask, event.is_causal, len(event.q), nq, nk, at=at), mask)
         return last[1]
 
     def __str__(self) -> str:
