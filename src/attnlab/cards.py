@@ -138,7 +138,7 @@ class Entry:
 
 _entries: dict[str, Entry] = {}
 _loaded = False
-_HOMES = ("attnlab.nn", "attnlab.models", "attnlab.recipes", "attnlab.lens", "attnlab.scale")
+_HOMES = tuple(f"attnlab.{room}" for room in ("nn", "models", "recipes", "lens", "scale", "arena.bench"))
 
 
 def register(card: Card) -> Callable[[T], T]:
