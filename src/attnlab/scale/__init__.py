@@ -37,4 +37,4 @@ if TYPE_CHECKING:
     from attnlab.scale.wire import traffic as traffic
 
 
-lazily(__name__, _HOME)
+lazily(__name__, _HOME, ("unified", "oracle"))
