@@ -106,6 +106,14 @@ def check_heads(dim: int, heads: int, kv_heads: int | None = None, head_dim: int
     return kv_heads, head_dim
 
 
+def check_keep(keep: Tensor, k: Tensor) -> Tensor:
+    """`keep` `(B, M)`, False where a token is padding, as `(B, 1, M, 1)`, which fits keys `(B, H, M, D)`."""
+    if keep.dtype != torch.bool or keep.shape != (len(k), k.shape[2]):
+        wanted = (len(k), k.shape[2])
+        raise ValueError(f"keep must be bool {wanted}, one for each key, got {keep.dtype} {tuple(keep.shape)}")
+    return keep[:, None, :, None]
+
+
 def check_grid(
     grid: tuple[int, ...] | None, tokens: int, axes: int | None = None, *, begin: int | None = None
 ) -> tuple[int, ...]:

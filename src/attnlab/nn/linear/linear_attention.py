@@ -10,17 +10,18 @@ from torch.nn.functional import elu, pad
 
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import Owner
-from attnlab.nn.mechanism import join_heads
+from attnlab.nn.mechanism import check_keep, join_heads
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Pattern
 from attnlab.scan import scan
 
 
 class Sums(NamedTuple):
-    """The sums over all keys so far, `(B, H, D, D + 1)`."""
+    """The sums over all keys so far, `(B, H, D, D + 1)`, D features of a key wide, and how many tokens there were."""
 
     sums: Tensor
     owner: Owner
+    length: int = 0
 
 
 @register(
@@ -63,6 +64,15 @@ class LinearAttention(MultiHead):
         """φ of queries or keys."""
         return elu(x) + 1
 
+    @property
+    def width(self) -> int:
+        """How many features a query or key has."""
+        return self.head_dim
+
+    def mapped(self, q: Tensor, k: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """The features of queries, the first at position `offset`, and of the keys that come with them."""
+        return self.features(q), self.features(k)
+
     def over(self, sums: Tensor, total: Tensor) -> Tensor:
         """Sums of weighted values `(…, D)`, or weights, divided by the sum of the weights `(…, 1)`."""
         return sums / (total + 1e-6)
@@ -73,7 +83,7 @@ class LinearAttention(MultiHead):
         if not self.causal:
             raise ValueError("streaming needs causal=True")
         dtype = torch.promote_types(dtype or self.wqkv.weight.dtype, torch.float32)
-        shape = (batch, self.heads, self.head_dim, self.head_dim + 1)
+        shape = (batch, self.heads, self.width, self.head_dim + 1)
         return Sums(torch.zeros(shape, device=device or self.wqkv.weight.device, dtype=dtype), self.owner(batch))
 
     def forward(
@@ -84,7 +94,9 @@ class LinearAttention(MultiHead):
         grid: tuple[int, ...] | None = None,
         pattern: Pattern | None = None,
         state: Any = None,
+        keep: Tensor | None = None,
     ) -> Any:
+        """As every mechanism; `keep` `(B, M)` is False where a token of the context is padding, which nothing sees."""
         self.check(x, context)
         self.refuse(pattern=pattern)
         if state is not None:
@@ -93,8 +105,10 @@ class LinearAttention(MultiHead):
                 raise ValueError("streaming needs causal=True")
             self.check_state(state, Sums, len(x))
         q, k, v = self.project(x, context)
-        q, k = self.features(q), self.features(k)
+        q, k = self.mapped(q, k, 0 if state is None else state.length)
         v = pad(v, (0, 1), value=1.0)  # one more channel, which sums the weights
+        if keep is not None:
+            k = k * check_keep(keep, k)
         if self.causal:
             missing = q.shape[2] - k.shape[2]  # query i sees the context up to i: cut it, or go on with nothing
             k, v = (pad(t, (0, 0, 0, missing)) for t in (k, v)) if missing else (k, v)
@@ -102,12 +116,13 @@ class LinearAttention(MultiHead):
         else:
             sums = q @ (k.mT @ v)
         y = self.wo(join_heads(self.over(sums[..., :-1], sums[..., -1:])))
-        return y if state is None else (y, Sums(after, state.owner))
+        return y if state is None else (y, Sums(after, state.owner, state.length + x.shape[1]))
 
     def weights(self, x: Tensor, context: Tensor | None = None, **keywords: Any) -> Tensor:
         """The weights `(B, H, N, M)` with which values are mixed: to look at, quadratic in N."""
         self.refuse(**keywords)
         q, k, _ = self.project(x, context)
-        scores = self.features(q) @ self.features(k).mT
+        q, k = self.mapped(q, k, 0)
+        scores = q @ k.mT
         scores = scores.tril() if self.causal else scores
         return self.over(scores, scores.sum(-1, keepdim=True))
