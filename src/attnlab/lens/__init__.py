@@ -19,6 +19,7 @@ _HOME = {
     "ConcentricPositions": "attnlab.lens.edits.concentric",
     "EmphasiseTokens": "attnlab.lens.edits.emphasise",
     "HeadDivergence": "attnlab.lens.edits.reinforce",
+    "HeadsOff": "attnlab.lens.edits.heads_off",
     "ImageAttention": "attnlab.lens.edits.emphasise",
     "ImageGuidance": "attnlab.lens.edits.guidance",
     "RedistributeSinks": "attnlab.lens.edits.redistribute",
@@ -26,6 +27,8 @@ _HOME = {
     "Segmenter": "attnlab.lens.segment",
     "VLSAM": "attnlab.lens.vl_sam",
     "layerwise_relevance": "attnlab.lens.measures.relevance",
+    "listen": "attnlab.lens.reasoning",
+    "measure_sinks": "attnlab.lens.sinks",
     "salient_relevance": "attnlab.lens.measures.saliency",
 }
 
