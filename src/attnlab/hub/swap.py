@@ -89,7 +89,7 @@ def _mechanism(what: Any) -> type[Mechanism] | None:
     if isinstance(what, type) and issubclass(what, Mechanism):
         return what
     if not isinstance(what, str) or "(" in what or what in patterns.__all__:
-        return getattr(self._now, "places", {}).get(module)
+        return None
     card = cards.describe(_ALIASES.get(what, what))  # which says what names are close
     found = cards.target(card.name)
     if card.kind is not cards.TOKENS or not (isinstance(found, type) and issubclass(found, Mechanism)):
