@@ -1,4 +1,4 @@
-"""The command line: `attnlab list | show | compare | report | explain | lens`. Commands import what they need as they run."""
+"""The command line, `attnlab list | show | compare | bench | report | explain | lens`, imported as far as needed."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from attnlab.arena.command import new_console
+from attnlab.arena.summary import number
 from attnlab.lens import inputs, subject
 from attnlab.lens.survey import Survey, survey
 
@@ -31,9 +31,7 @@ def run(
     seed: int = 0,
 ) -> Survey:
     """Loads, looks, prints, writes; returns what was found."""
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width: tables are not to be folded into 80 columns
-        console.width = 160
+    console = new_console()
     if out.is_dir():
         raise IsADirectoryError(f"out: {out} is a folder; a file such as lens.html is wanted")
     chosen_layers, chosen_heads, truth = choice("layers", layers), numbers("heads", heads), numbers("labels", labels)
@@ -94,8 +92,6 @@ def numbers(argument: str, text: str | None) -> list[int] | None:
 def summarise(found: Survey, console: Any) -> None:
     """A row for each layer: means over its heads, from the least to the most, and which head that is."""
     from rich.table import Table
-
-    from attnlab.arena.summary import number
 
     table = Table(show_edge=False, pad_edge=False, header_style="dim")
     table.add_column("layer", justify="right")

@@ -169,12 +169,11 @@ def _images(subject: Subject, path: Path) -> Shown:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
         if not files:
             raise ValueError(f"input: there are no images in {path} ({', '.join(IMAGES)})")
-    opened = [_open(file, subject.size) for file in files]
-    stacked = torch.stack([_pixels(image, subject) for image in opened])
+    stacked = torch.stack([_pixels(_open(file, subject.size), subject) for file in files])
     inputs = {"pixel_values": stacked} if subject.home == "transformers" else stacked
     what = path.name if len(files) == 1 else f"{len(files)} images of {path.name}"
     notes = [f"{files[0].name} is shown; importance, distance and patterns are of all {len(files)}."] * (len(files) > 1)
-    return Shown(inputs, what, image=data_url(opened[0]), count=len(files), notes=notes)
+    return Shown(inputs, what, image=_displayed(files[0], subject.size), count=len(files), notes=notes)
 
 
 def _open(path: Path, size: tuple[int, int, int]) -> Any:
@@ -186,6 +185,12 @@ def _open(path: Path, size: tuple[int, int, int]) -> Any:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"input: {path} is no readable image: {error}") from None
     return ImageOps.fit(image, (size[2], size[1]), Image.Resampling.BICUBIC)
+
+
+def _displayed(path: Path, size: tuple[int, int, int]) -> str:
+    """The same part of it for the page, finer than a small model sees it."""
+    finer = max(1.0, _SHOWN / max(size[1:]))
+    return data_url(_open(path, (size[0], round(size[1] * finer), round(size[2] * finer))))
 
 
 def _pixels(image: Any, subject: Subject) -> Tensor:
@@ -240,7 +245,7 @@ def _both(subject: Subject, path: Path, prompt: str) -> Shown:
         labels[column] = f"row {i // grid[1]}, column {i % grid[1]}"
     whole = int(columns[-1]) - start + 1 == len(columns) == grid[0] * grid[1]
     return Shown(
-        inputs, f"{path.name} with “{question}”", [tuple(labels)], data_url(image), notes=notes,
+        inputs, f"{path.name} with “{question}”", [tuple(labels)], _displayed(path, size), notes=notes,
         patches=(start, grid) if whole else None,
     )  # fmt: skip
 

@@ -37,22 +37,35 @@ class Places:
         """The group of each token: tiles of width×width patches, `width` neighbouring tokens of a text."""
         if self.grid is None:
             return [i // width for i in range(self.count)]
-        patches = math.prod(self.grid)
-        across = math.ceil(self.grid[1] / width)
-        tiles = [r // width * across + c // width for r in range(self.grid[0]) for c in range(self.grid[1])]
-        after, many = self.count - self.start - patches, max(tiles) + 1
-        # Text around an image (as in a multimodal prompt) is grouped by neighbours too.
-        loose = 1 if self.start + after <= 16 else width * width
-        before = [i // loose for i in range(self.start)]
-        used = max(before, default=-1) + 1
-        return [*before, *(used + t for t in tiles), *(used + many + i // loose for i in range(after))]
+        across, tiles = math.ceil(self.grid[1] / width), self._tiles(width)
+        before, loose = math.ceil(self.start / self._loose(width)), self._loose(width)
+        patches = [r // width * across + c // width for r in range(self.grid[0]) for c in range(self.grid[1])]
+        after = self.count - self.start - len(patches)
+        return [
+            *(i // loose for i in range(self.start)),
+            *(before + t for t in patches),
+            *(before + tiles + i // loose for i in range(after)),
+        ]
+
+    def count_groups(self, width: int) -> int:
+        if self.grid is None:
+            return math.ceil(self.count / width)
+        loose, after = self._loose(width), self.count - self.start - math.prod(self.grid)
+        return math.ceil(self.start / loose) + self._tiles(width) + math.ceil(after / loose)
+
+    def _tiles(self, width: int) -> int:
+        return 1 if self.grid is None else math.ceil(self.grid[0] / width) * math.ceil(self.grid[1] / width)
+
+    def _loose(self, width: int) -> int:
+        """How many tokens beside the grid share a group: none if they are few, else (text around an image) as many as
+        patches do."""
+        beside = self.count - (0 if self.grid is None else math.prod(self.grid))
+        return 1 if beside <= 16 else width * width
 
     def width_for(self, most: int) -> int:
-        """The narrowest groups of which there are at most `most`, or of which there is no fewer to have."""
-        width, widest = 1, max(self.grid or (self.count, 1))
-        while max(self.groups(width)) + 1 > most and width < widest:
-            width += 1
-        return width
+        """The narrowest groups of which there are at most `most`, or of which there are no fewer to have."""
+        widest = max(self.grid or (self.count, 1))
+        return next((w for w in range(1, widest) if self.count_groups(w) <= most), widest)
 
 
 @dataclass(frozen=True)
@@ -60,15 +73,20 @@ class Layout:
     """What of a layer's matrices is kept: query groups, key groups and strongest keys; `whole` if nothing is lost."""
 
     heads: int
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
+    queries: Places
+    keys: Places
     query_width: int
     key_width: int
     top: int
 
     @property
     def rows(self) -> int:
-        return self.heads * (max(self.queries) + 1)
+        """Of all heads."""
+        return self.heads * self.queries.count_groups(self.query_width)
+
+    @property
+    def groups(self) -> int:
+        return self.keys.count_groups(self.key_width)
 
     @property
     def whole(self) -> bool:
@@ -76,7 +94,7 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        return self.rows * (4 + 3 * self.top + max(self.keys) + 1)
+        return self.rows * (4 + 3 * self.top + self.groups)
 
 
 def layouts(shapes: Sequence[tuple[int, Places, Places]], budget: int = BUDGET) -> list[Layout]:
@@ -90,27 +108,25 @@ def layouts(shapes: Sequence[tuple[int, Places, Places]], budget: int = BUDGET) 
 
 
 def _layout(heads: int, queries: Places, keys: Places, level: tuple[int, int, int] | None) -> Layout:
-    whole = Layout(heads, tuple(queries.groups(1)), tuple(keys.groups(1)), 1, 1, 0)
+    whole = Layout(heads, queries, keys, 1, 1, 0)
     if level is None:
         return whole
     wide, top, most = level
-    width = keys.width_for(most)
-    cut = Layout(heads, tuple(queries.groups(wide)), tuple(keys.groups(width)), wide, width, min(top, keys.count))
+    cut = Layout(heads, queries, keys, wide, keys.width_for(most), min(top, keys.count))
     return cut if cut.bytes < whole.bytes else whole
 
 
 def pack(weights: Tensor, layout: Layout) -> tuple[bytes, float]:
     """`weights (H, Nq, Nk)` deflated, and the share of the attention that is kept key by key, mean over rows."""
     weights = weights.detach().float().cpu()
-    queries, keys = torch.tensor(layout.queries), torch.tensor(layout.keys)
-    rows = int(queries.max()) + 1
+    queries, keys = _tensor(layout.queries, layout.query_width), _tensor(layout.keys, layout.key_width)
+    rows, groups = layout.rows // layout.heads, layout.groups
     if rows < len(queries):
         counts = queries.bincount()[:, None]
         weights = weights.new_zeros(len(weights), rows, len(keys)).index_add_(1, queries, weights) / counts
     strongest, at = weights.topk(layout.top, dim=-1)
     rest = weights.scatter(-1, at, 0.0)
     left = torch.ones_like(weights).scatter_(-1, at, 0.0)
-    groups = int(keys.max()) + 1
     sums = weights.new_zeros(len(weights), rows, groups).index_add_(2, keys, rest)
     coarse = sums / weights.new_zeros(len(weights), rows, groups).index_add_(2, keys, left).clamp_min(1)
     parts: list[np.ndarray] = []
@@ -136,13 +152,16 @@ def unpack(packed: bytes, layout: Layout) -> Tensor:
         start += size
         return found
 
-    groups = max(layout.keys) + 1
     strongest = _values(take("<u2", 1), take("u1", layout.top))
-    coarse = _values(take("<u2", 1), take("u1", groups))
+    coarse = _values(take("<u2", 1), take("u1", layout.groups))
     index = take("u1", layout.top).astype(np.int64) + 256 * take("u1", layout.top).astype(np.int64)
-    weights = torch.from_numpy(coarse)[:, :, torch.tensor(layout.keys)]
+    weights = torch.from_numpy(coarse)[:, :, _tensor(layout.keys, layout.key_width)]
     weights = weights.scatter(-1, torch.from_numpy(index), torch.from_numpy(strongest))
-    return weights[:, torch.tensor(layout.queries)]
+    return weights[:, _tensor(layout.queries, layout.query_width)]
+
+
+def _tensor(places: Places, width: int) -> Tensor:
+    return torch.tensor(places.groups(width))
 
 
 def _codes(values: Tensor) -> tuple[np.ndarray, np.ndarray]:

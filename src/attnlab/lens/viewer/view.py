@@ -127,8 +127,8 @@ class View:
                 "heads": list(heads) or list(range(count)),
                 "q": self.tokens.index(queries),
                 "k": self.tokens.index(keys),
-                "rows": max(layout.queries) + 1,
-                "groups": max(layout.keys) + 1,
+                "rows": layout.rows // layout.heads,
+                "groups": layout.groups,
                 "top": layout.top,
                 "queryWidth": layout.query_width,
                 "keyWidth": layout.key_width,
@@ -199,8 +199,8 @@ class View:
         }
 
     @staticmethod
-    def _groups(groups: tuple[int, ...], width: int) -> list[int] | None:
-        return None if width == 1 else list(groups)
+    def _groups(places: Places, width: int) -> list[int] | None:
+        return None if width == 1 else places.groups(width)
 
     def _kept(self) -> list[str]:
         """What was cut to make the page small, in words."""

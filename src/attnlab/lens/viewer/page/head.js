@@ -150,18 +150,25 @@ function refresh() {
   markMatrix();
 }
 
+// A token's name, with its place if it is a word of a text.
+function said(space, token) {
+  const { grid, start, labels } = space, inside = token - start, name = tokenName(space, token).trim() || "␣";
+  const patch = grid && inside >= 0 && inside < grid[0] * grid[1];
+  return labels && !patch ? `${name} · ${token}` : name;
+}
+
 function readOut(values, target, source) {
   const { token, direction, key } = state;
   let total = 0; for (const v of values) total += v;
   const order = Array.from(values.keys()).sort((a, b) => values[b] - values[a]).slice(0, 5), largest = values[order[0]] || 1;
-  const name = token === null ? "" : tokenName(source, token).trim() || "␣";
+  const name = token === null ? "" : said(source, token);
   const line = token === null ? "All queries together: which keys receive most"
     : direction === "out" ? `“${name}” looks at` : `“${name}” is looked at by (it receives ${number(total / values.length)} of the mean query)`;
-  const extra = key === null || token === null ? "" : `; at “${tokenName(target, key).trim()}” with ${number(values[key])}`;
+  const extra = key === null || token === null ? "" : `; at “${said(target, key)}” with ${number(values[key])}`;
   $("readout").replaceChildren(make("p", {}, make("b", {}, line), extra, state.pinned === null ? "" : make("span", { className: "soft" }, " · pinned, Esc lets go")),
     ...order.filter(i => values[i] > 0).map(i => {
       const bar = make("i"); bar.style.width = 100 * values[i] / largest + "%";
-      return make("div", { className: "bar" }, make("span", {}, tokenName(target, i).trim() || "␣"), make("span", {}, number(values[i])), bar);
+      return make("div", { className: "bar" }, make("span", {}, said(target, i)), make("span", {}, number(values[i])), bar);
     }));
 }
 
@@ -197,7 +204,8 @@ function matrixMove(event, pinning) {
 // The chosen token in every head of the layer.
 function buildStrip() {
   const layer = layers[state.layer];
-  $("strip-title").textContent = `All heads of layer ${layer.number}`;
+  const { grid, count } = spaces[layer.k], mixed = grid && count > grid[0] * grid[1] + 16;
+  $("strip-title").textContent = `All heads of layer ${layer.number}${mixed ? ", on the image" : ""}`;
   $("strip").replaceChildren(...layer.heads.map((name, head) => make("button", { type: "button", title: `head ${name}`, on: { click: () => select(state.layer, head) } }, make("canvas"), make("span", {}, String(name)))));
 }
 function paintStrip() {
