@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import attnlab
 from attnlab.hub import register_transformers, swap
-from attnlab.hub.swap import MechanismSwap
+from attnlab.hub.mechanism_swap import MechanismSwap
 from attnlab.nn.softmax.gated import GatedAttention
 
 GREEDY = dict(max_new_tokens=10, do_sample=False)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,89 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnlab.attend import attend
+from attnlab.hub.placed import Asked, hides_the_future, placed
 from attnlab.hub.spelling import Where
 from attnlab.patterns import Causal, Pattern
-from attnlab.patterns.base import key_range
 
 # Up to so many queries at once are a step of decoding: over before a plan is made.
 _FEW, _FEW_PAIRS = 32, 2**19
 # What hosts add to a score in place of −inf is below this.
 _HIDDEN = -1e4
-
-Ask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Placed(Pattern):
-    """`pattern` where query 0 stands at position `queries` and key 0 at position `keys`, which may be negative."""
-
-    pattern: Pattern
-    queries: int
-    keys: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "per_batch", self.pattern.per_batch)
-        object.__setattr__(self, "per_head", self.pattern.per_head)
-
-    def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.pattern.allows(b, h, q + self.queries, k + self.keys)
-
-    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor | None:
-        listed = self.pattern.tile_keys((tiles + self.queries).clamp_min(0), nk + self.keys)
-        return None if listed is None else torch.where(listed >= max(self.keys, 0), listed - self.keys, -1)
-
-    def at(self, b: int, h: int) -> Pattern:
-        return Placed(self.pattern.at(b, h), self.queries, self.keys)
-
-    def __str__(self) -> str:
-        return f"{self.pattern} from ({self.queries}, {self.keys})"
-
-
-def placed(pattern: Pattern, queries: int, keys: int) -> Pattern:
-    return pattern if queries == keys == 0 else Placed(pattern, queries, keys)
-
-
-@dataclass(frozen=True, eq=False)
-class Asked(Pattern):
-    """What a host's own function allows, asked pair by pair; equal to itself alone, as the function is.
-
-    `batch` are the host's batch entries, `queries` and `keys` the host's numbers of the first of each, `heads` whether
-    the function tells heads apart. If `window` is given, no query sees a key that is further away.
-    """
-
-    ask: Ask
-    batch: Tensor
-    queries: int = 0
-    keys: int = 0
-    window: int | None = None
-    heads: bool = False
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "per_batch", len(self.batch) > 1)
-        object.__setattr__(self, "per_head", self.heads)
-
-    def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        b = self.batch.to(b.device)[b] if self.per_batch else torch.full_like(b, int(self.batch[0]))
-        return self.ask(b, h, q + self.queries, k + self.keys)
-
-    def tile_keys(self, tiles: Tensor, nk: int) -> Tensor | None:
-        if self.window is None:
-            return None
-        apart = self.queries - self.keys
-        return key_range(tiles.amin(1) + apart - self.window, tiles.amax(1) + apart + self.window, nk)
-
-    def at(self, b: int, h: int) -> Pattern:
-        whole = self.ask
-        one = self.batch[b : b + 1] if self.per_batch else self.batch
-        ask = (lambda i, _, q, k: whole(i, torch.full_like(i, h), q, k)) if self.heads else whole
-        return Asked(ask, one, self.queries, self.keys, self.window)
-
-    def cut(self, batch: Tensor | None, queries: int, keys: int) -> Asked:
-        """The same for some of the batch entries, without the first queries and keys."""
-        chosen = self.batch if batch is None else self.batch[batch]
-        return replace(self, batch=chosen, queries=self.queries + queries, keys=self.keys + keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,23 +94,25 @@ class Host:
         route = None
         if isinstance(where, Pattern):
             here = placed(where, self.offset + skip - rows.first, self.gone + rows.start - rows.first)
-            pattern = here if pattern is None or _implied(where, self.base) else here & pattern
+            pattern = self._joined(here, pattern, where)
         elif where is not None and q.shape[2] == k.shape[2]:
             route = where
         return attend(q, k, v, pattern=pattern, route=route, scale=scale, dropout=dropout, bias=bias)
 
     def pattern(self, where: Pattern | None) -> Pattern | None:
         """The same as one pattern: what is seen by all queries and keys of the call; None where nothing is hidden."""
-        if len(self.rows) == 1 and self.rows[0].batch is None:
-            rows, apart = self.rows[0], self.offset - self.gone
-            whole = rows.start == 0 and (rows.end >= self.nk or (self.base == "causal" and rows.end >= apart + self.nq))
-            if whole and not isinstance(self.base, Asked):
-                base = Causal().starting_at(apart) if self.base == "causal" else None
-                here = None if where is None else placed(where, self.offset, self.gone)
-                if base is None or here is None or (where is not None and _implied(where, self.base)):
-                    return base if here is None else here
-                return here & base
-        return Within(self, where)
+        rows, apart = self.rows[0], self.offset - self.gone
+        end = apart + self.nq if self.base == "causal" else self.nk
+        if len(self.rows) > 1 or rows.batch is not None or rows.start or rows.end < end or isinstance(self.base, Asked):
+            return Within(self, where)
+        base = Causal().starting_at(apart) if self.base == "causal" else None
+        return self._joined(None if where is None else placed(where, self.offset, self.gone), base, where)
+
+    def _joined(self, here: Pattern | None, base: Pattern | None, where: Pattern | None) -> Pattern | None:
+        """Both what `where` says `here` and what the host's `base` says, unless the one says it for the other."""
+        if here is None or base is None:
+            return base if here is None else here
+        return here if self.base == "causal" and where is not None and hides_the_future(where) else here & base
 
     def _step(
         self, q: Tensor, k: Tensor, v: Tensor, where: Where | None, scale: float | None, dropout: float,
@@ -289,19 +215,6 @@ class Within(Pattern):
 
     def __str__(self) -> str:
         return f"{self.where or 'all'} within what the model allows"
-
-
-def _implied(where: Pattern, base: object) -> bool:
-    """Whether `where` itself hides the future, so that one need not say it again."""
-    from attnlab.patterns import And, Or, PowersOfTwo, Window
-
-    if base != "causal":
-        return False
-    if isinstance(where, And):
-        return _implied(where.left, base) or _implied(where.right, base)
-    if isinstance(where, Or):
-        return _implied(where.left, base) and _implied(where.right, base)
-    return isinstance(where, (PowersOfTwo, Causal)) or (isinstance(where, Window) and where.causal)
 
 
 def padded(real: Tensor | None, nq: int, nk: int, gone: int, offset: int, causal: bool) -> list[Rows] | None:

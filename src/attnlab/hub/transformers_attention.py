@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from attnlab.hub.host import Asked, Host, Rows, padded, tensor_host
+from attnlab.hub.host import Host, Rows, padded, tensor_host
+from attnlab.hub.placed import Asked
 from attnlab.hub.spelling import Where, read_pattern
 
 NAME = "attnlab"
