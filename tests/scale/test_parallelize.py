@@ -1,6 +1,7 @@
 """Whole models over simulated ranks: equal to one process, in less memory; what cannot be spread is refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def test_a_hybrid_is_spread_by_every_method(method: str, layout: str) -> None:
     for found, gradients_found in spread(model, 2, method=method, layout=layout):
         assert abs(found - loss) < 1e-10
         assert all((a - b).abs().max() < 1e-10 for a, b in zip(gradients_found, grads, strict=True))
+
+
+def test_a_layout_may_be_computed_from_a_pattern() -> None:
+    model = decoder()
+    loss, _ = whole(copy.deepcopy(model))
+    for found, _ in spread(model, 3, layout=partial(Layout.balanced, Causal(), chunks=4)):
+        assert abs(found - loss) < 1e-10
 
 
 def test_checkpointed_layers_are_spread_too() -> None:

@@ -44,3 +44,19 @@ def test_ranks_agree_with_one_process(groups, world: int, check: str) -> None:
         found = folders[world] / f"{check}.{rank}"
         assert found.exists(), f"rank {rank} did not come to {check}: {said[world][-3000:]}"
         assert not found.read_text(), f"rank {rank}: {found.read_text()}"
+
+
+@pytest.mark.slow
+def test_the_demonstration_trains_and_goes_on(tmp_path: Path) -> None:
+    def run(steps: int) -> list[float]:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "attnlab.scale"),
+            *("--length", "128", "--dim", "32", "--depth", "2", "--mixer", "kda,multihead", "--fsdp"),
+            *("--steps", str(steps), "--checkpoint", str(tmp_path), "--every", "2"),
+        ]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert said.returncode == 0, said.stderr[-3000:]
+        return [float(line.split("loss ")[1].split()[0]) for line in said.stdout.splitlines() if "loss" in line]
+
+    assert len(run(3)) == 3
+    assert len(run(5)) == 3  # from the checkpoint after two steps on

@@ -101,20 +101,10 @@ class Layout:
             raise ValueError(f"size must divide the {self.ranks} ranks, got {size}")
         parts = [self.pieces[i : i + size] for i in range(0, self.ranks, size)]
         whole = Layout(tuple(tuple(r for rank in part for r in rank) for part in parts))
-        inner = []
-        for part, held in zip(parts, whole.pieces, strict=True):
-            begins, at = {}, 0
-            for a, b in held:
-                begins[a] = at
-                at += b - a
-
-            def place(r: Range, begins: dict[int, int] = begins, held: tuple[Range, ...] = held) -> Range:
-                start = next(a for a, b in held if a <= r[0] and r[1] <= b) if r[1] > r[0] else held[0][0]
-                return begins[start] + r[0] - start if r[1] > r[0] else 0, begins[start] + r[1] - start if r[1] > r[
-                    0
-                ] else 0
-
-            inner.append(Layout(tuple(tuple(place(r) for r in rank) for rank in part)))
+        inner = (
+            Layout(tuple(tuple((_within(held, a), _within(held, a) + b - a) for a, b in rank) for rank in part))
+            for part, held in zip(parts, whole.pieces, strict=True)
+        )
         return whole, tuple(inner)
 
     @property
@@ -173,6 +163,11 @@ def _joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
         elif b > a:
             found.append((a, b))
     return tuple(found) or ((0, 0),)
+
+
+def _within(held: Sequence[Range], position: int) -> int:
+    """How many of the tokens held come before a position."""
+    return sum(min(b, position) - a for a, b in held if a < position)
 
 
 def _check(length: int, ranks: int) -> None:

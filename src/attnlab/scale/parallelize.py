@@ -30,7 +30,12 @@ LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": Layout.zigzag, "co
 
 
 def parallelize(
-    model: nn.Module, mesh: Mesh, *, method: str = "ring", layout: str = "auto", check: bool = True
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    method: str = "ring",
+    layout: str | Callable[[int, int], Layout] = "auto",
+    check: bool = True,
 ) -> ContextParallel:
     """Make a language model context-parallel: each rank of `mesh` computes its own part of every sequence.
 
@@ -51,20 +56,21 @@ def parallelize(
         model: stays as it is; the object that is returned runs it.
         mesh: one dimension of a `DeviceMesh`, or a process group.
         method: of attention: "ring", "allgather" (with scans in other layers, this is LASP-2H) or "ulysses".
-        layout: "zigzag" (even work under a causal mask), "contiguous", or "auto": contiguous for ulysses, else zigzag.
+        layout: "zigzag" (even work under a causal mask), "contiguous", or "auto": contiguous for ulysses, else zigzag;
+            or a function of length and ranks, such as `partial(Layout.balanced, Window(512) | Sinks(4))`.
         check: first run a few random tokens both ways and raise ValueError if the results differ: then the model
             mixes tokens in a way that is not seen here. Needs a `vocabulary` or transformers' config.
     """
     ranks = wire(mesh)
     if method not in ("ring", "allgather", "ulysses"):
         raise ValueError(f"method must be ring, allgather or ulysses, got {method!r}")
-    if layout not in ("auto", *LAYOUTS):
+    if not callable(layout) and layout not in ("auto", *LAYOUTS):
         raise ValueError(f"layout must be auto, {' or '.join(LAYOUTS)}, got {layout!r}")
     if layout == "auto":
         layout = "contiguous" if method == "ulysses" else "zigzag"
     if method == "ulysses":
         _divides(model, ranks.size)
-    parallel = ContextParallel(model, ranks, method, layout)
+    parallel = ContextParallel(model, ranks, method, layout if callable(layout) else LAYOUTS[layout])
     if check:
         parallel.check()
     return parallel
@@ -81,10 +87,11 @@ def _divides(model: nn.Module, ranks: int) -> None:
 class ContextParallel(nn.Module):
     """What `parallelize` returns: `model`, run on this rank's part of each sequence."""
 
-    def __init__(self, model: nn.Module, ranks: Wire, method: str, layout: str) -> None:
+    def __init__(self, model: nn.Module, ranks: Wire, method: str, layout: Callable[[int, int], Layout]) -> None:
         super().__init__()
         self.model = model
-        self.wire, self.method, self.kind = ranks, method, layout
+        self.wire, self.method = ranks, method
+        self.layout = lru_cache(64)(lambda length: layout(length, ranks.size))  # where tokens of so long a text lie
         self.foreign = hasattr(getattr(model, "config", None), "to_dict")
         self.now: Layout | None = None
         self.spread = _Spread(self)
@@ -105,10 +112,6 @@ class ContextParallel(nn.Module):
             leave, self._leave = self._leave, None
             _taken.discard(self.model)
             leave()
-
-    def layout(self, length: int) -> Layout:
-        """Where the tokens of a sequence of this length lie."""
-        return _layout(self.kind, length, self.wire.size)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole tensor."""
@@ -199,11 +202,6 @@ def _window(module: Any) -> int | None:
     if kinds is not None and index is not None and kinds[index] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
-
-
-@lru_cache(64)
-def _layout(kind: str, length: int, ranks: int) -> Layout:
-    return LAYOUTS[kind](length, ranks)
 
 
 class _Total(torch.autograd.Function):
