@@ -1,7 +1,7 @@
 """What four edits of a decoder do to a tiny LLaVA that has learnt to see and, later, a habit.
 
     python benchmarks/decoder_edits.py                heads, emphasis, guidance, sinks (one model, 20 s of training)
-    python benchmarks/decoder_edits.py concentric     raster against concentric positions (two models)
+    python benchmarks/decoder_edits.py concentric     raster against concentric positions, eight small models
 
 Rates are over scenes against the habit: right (what the image shows), habit (a hallucination); "overall" is the share
 of right answers where the habit holds as in training. Each table's first row is the model as it is: the peer.
@@ -21,7 +21,8 @@ from attnlab.lens.edits.emphasise import guided
 from attnlab.lens.edits.guidance import without_image
 from attnlab.lens.edits.heads import Ablate, MaskKeys
 from attnlab.lens.edits.redistribute import RedistributeSinks
-from attnlab.lens.toys.scenes import END, IMAGE, Scene, Scenes
+from attnlab.lens.toys.grid_recall import GridRecall
+from attnlab.lens.toys.scenes import IMAGE, Scene, Scenes
 
 DECODER = "model.language_model.*"
 
@@ -140,23 +141,17 @@ def sinks(scenes: Scenes, model, usual: Scene) -> None:
 
 
 def concentric() -> None:
-    for name in ("raster", "concentric"):
-        scenes = Scenes(noise=0.1)
-        model = scenes.llava(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-        with ExitStack() as stack:
-            if name == "concentric":
-                stack.enter_context(lens.steer(model, [lens.ConcentricPositions(scenes.grid)]))
-            scenes.train(model)
-            for gap in (0, 50, 200):
-                scene = scenes.draw(800, torch.Generator().manual_seed(1), habit=1 / scenes.colours)
-                filler = torch.full((800, gap), END)
-                ids = torch.cat((scene.ids[:, :-2], filler, scene.ids[:, -2:]), 1)
-                right = say(model, scene._replace(ids=ids)) == scene.answers
-                rows = [percent(right[scene.cells // scenes.grid[1] == row]) for row in range(scenes.grid[0])]
-                print(
-                    f"{name:12} {gap:4} tokens between: right {percent(right):5.1f}, by row of the cell {rows}",
-                    flush=True,
-                )
+    task = GridRecall()
+    for base in (100.0, 10000.0):
+        for steps in (60, 120):
+            for name in ("raster", "concentric"):
+                reader = task.reader(base=base)
+                with ExitStack() as stack:
+                    if name == "concentric":
+                        edit = lens.ConcentricPositions((task.side, task.side), task.image())
+                        stack.enter_context(lens.steer(reader, [edit]))
+                    bands = [round(100 * x, 1) for x in task.right(task.train(reader, steps=steps))]
+                print(f"base {base:7.0f}   {steps:3} steps   {name:12} right, top to bottom: {bands}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 
 from attnlab.lens.edits.concentric import ConcentricCausal, ConcentricPositions, depth, place, rings
 from attnlab.lens.steer import steer
+from attnlab.lens.toys.grid_recall import GridRecall
 from attnlab.patterns import Causal
 from attnlab.positions import Rotary
 from lens.edits.models import IMAGE, answers, ask, both, likeliest, logits, tiny_llava
@@ -136,6 +137,17 @@ def test_the_text_is_as_near_to_the_top_of_the_image_as_to_its_bottom():
     top, bottom, far = seen(place(torch.arange(n), start, (24, 24)))
     torch.testing.assert_close(top, bottom)
     assert far == 12
+
+
+@pytest.mark.slow
+def test_a_decoder_learns_to_look_everywhere_sooner_than_with_raster_positions(transformers):
+    task = GridRecall()
+    raster = task.right(task.train(task.reader()))
+    reader = task.reader()
+    with steer(reader, [ConcentricPositions((12, 12), task.image())]):
+        rings = task.right(task.train(reader))
+    assert min(rings) > 0.9 and max(rings) - min(rings) < 0.05
+    assert max(raster) < 0.8
 
 
 def test_models_of_both_shapes_change_and_are_left_as_they_were(transformers):
