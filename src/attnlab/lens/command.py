@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.arena.command import new_console
-from attnlab.arena.summary import number
 from attnlab.lens import inputs, subject
 from attnlab.lens.survey import Survey, survey
 
@@ -95,16 +94,16 @@ def summarise(found: Survey, console: Any) -> None:
 
     table = Table(show_edge=False, pad_edge=False, header_style="dim")
     table.add_column("layer", justify="right")
-    table.add_column("module", overflow="fold")
+    table.add_column("module", no_wrap=True)
     names = [m.name for m in found.view.measures]
     units = {m.name: m.unit for m in found.view.measures}
     for name in names:
         table.add_column(f"{name}, {units[name]}" if units[name] else name)
     for layer in found.layers:
-        cells = [_spread(layer.measures[name], layer.heads, number) for name in names]
+        cells = [_spread(layer.measures[name], layer.heads) for name in names]
         table.add_row(str(layer.number), layer.name, *cells)
     console.print(table)
-    console.print("mean over heads (least – most: head)", style="dim", highlight=False)
+    console.print("mean over heads (least–most, and which head that is)", style="dim", highlight=False)
     if found.importance is not None:
         top = "  ".join(f"{layer}.{head}" for layer, head in _top(found))
         console.print(f"most important heads (layer.head): {top}", highlight=False)
@@ -117,11 +116,18 @@ def summarise(found: Survey, console: Any) -> None:
         console.print(f"patterns: {said}", highlight=False)
 
 
-def _spread(values: Sequence[float], heads: Sequence[int], number: Any) -> str:
+def _spread(values: Sequence[float], heads: Sequence[int]) -> str:
     mean, low, high = sum(values) / len(values), min(values), max(values)
     if len(values) == 1:
-        return str(number(mean))
-    return f"{number(mean)} ({number(low)} – {number(high)}: {heads[list(values).index(high)]})"
+        return _short(mean)
+    return f"{_short(mean)} ({_short(low)}–{_short(high)} h{heads[list(values).index(high)]})"
+
+
+def _short(value: float) -> str:
+    """Two digits or the whole number, and no exponents where none are needed."""
+    return (
+        f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) >= 1e-4 or not value else f"{value:.0e}"
+    )
 
 
 def _top(found: Survey, count: int = 8) -> list[tuple[int, int]]:

@@ -147,6 +147,8 @@ def _transformers(folder: Path, raw: Mapping[str, Any]) -> Subject:
 def _of_name(name: str) -> Subject:
     from attnlab import cards
 
+    if "/" in name or name.startswith((".", "~")):
+        raise FileNotFoundError(f"model: there is no folder {name} (and nothing is downloaded)")
     home, _, short = name.partition(":")
     if home in ("timm", "attnlab") and short:
         return _timm(short) if home == "timm" else _attnlab(short)
@@ -160,8 +162,6 @@ def _of_name(name: str) -> Subject:
     ours = {n for e in cards.entries() if e.card.kind in kinds for n in (e.card.name, *e.card.sizes)}
     if name in ours:
         return _attnlab(name)
-    if "/" in name or name.startswith((".", "~")):
-        raise FileNotFoundError(f"model: there is no folder {name} (and nothing is downloaded)")
     near = difflib.get_close_matches(name, ours | theirs, n=3)
     hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
     raise ValueError(
