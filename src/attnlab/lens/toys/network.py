@@ -20,21 +20,24 @@ Draw = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def small_decoder(
-    vocabulary: int, *, dim: int = 64, heads: int = 4, depth: int = 2, hidden: int = 128, seed: int = 0
-) -> Decoder:
+    vocabulary: int, *, dim: int = 64, heads: int = 4, depth: int = 2, hidden: int = 128, seed: int = 0,
+    mixer: Callable[[int], nn.Module] | None = None,
+) -> Decoder:  # fmt: skip
     """A decoder in which induction forms within 200 steps: `(B, N)` ids → `(B, N, vocabulary)` logits.
 
     Two choices make it quick. The first layer's rotation turns fast (base 3), so that "the token before" is soon found,
     and the other layers know no position, so that they match by content alone. And the embedding is large enough (0.3)
-    to be seen beside what untrained attention writes.
+    to be seen beside what untrained attention writes. `mixer` builds the attention of a layer otherwise.
     """
 
-    def mixer(layer: int) -> MultiHead:
+    def usual(layer: int) -> MultiHead:
         return MultiHead(dim, heads=heads, causal=True, position=Rotary(dim // heads, base=3.0) if layer == 0 else None)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Decoder(vocabulary=vocabulary, dim=dim, depth=depth, heads=heads, hidden=hidden, mixer=mixer)
+        model = Decoder(
+            vocabulary=vocabulary, dim=dim, depth=depth, heads=heads, hidden=hidden, mixer=mixer or usual
+        )  # fmt: skip
         nn.init.normal_(model.embedding.weight, std=0.3)
     return model
 
