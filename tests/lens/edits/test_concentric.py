@@ -193,7 +193,7 @@ def test_bad_arguments_are_named(transformers):
         with steer(model, [ConcentricPositions((4, 4))]):
             logits(model, {**inputs, "attention_mask": Causal().matrix(21)[None, None]})
     with pytest.raises(ValueError, match="takes no position_ids"):
-        with steer(torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 1), [
+        with steer(torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, batch_first=True), 1), [
             ConcentricPositions((4, 4), torch.ones(4, dtype=torch.bool))
         ]):  # fmt: skip
             pass

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from attnlab.lens.edits.decoder import layers_of
+from attnlab.lens.edits.emphasise import EmphasiseTokens
+from attnlab.lens.edits.redistribute import RedistributeSinks
 from attnlab.lens.edits.reinforce import HeadDivergence, ReinforceHeads
 from attnlab.lens.measures.divergence import aware_heads, divergence, token_divergence, without_surges
 from attnlab.lens.steer import Edit, steer
@@ -45,7 +47,7 @@ def test_aware_heads_are_above_the_middle_and_half_of_them_at_most():
     assert aware_heads(torch.tensor([4.0, 1.0, 3.0, 2.0])).tolist() == [True, False, True, False]
     assert aware_heads(torch.tensor([4.0, 1.0, 3.0])).tolist() == [True, False, False]
     assert not aware_heads(torch.full((2, 8), 0.3)).any()
-    many = aware_heads(torch.randn(50, 7))
+    many = aware_heads(torch.randn(50, 7, dtype=torch.float64))
     assert (many.sum(-1) == 3).all()
 
 
@@ -185,6 +187,25 @@ def test_the_layers_are_the_second_and_the_last_fourteen_of_thirty_two(depth, la
     edit = ReinforceHeads(torch.ones(3, dtype=torch.bool))
     with steer(decoder, [edit]):
         assert edit.chosen == layers
+
+
+def test_edits_of_one_decoder_compose(transformers):
+    model, inputs = tiny_llava(transformers), ask()
+    plain, said = logits(model, inputs), answers(model, inputs)
+    edits = [
+        ReinforceHeads(),
+        RedistributeSinks((0, 1), tau=0.8, rho=0.9, floor=0.0),
+        EmphasiseTokens(inputs["input_ids"][0] == IMAGE),
+    ]
+    alone = []
+    for edit in edits:
+        with steer(model, [edit]):
+            alone.append(logits(model, inputs)[:, -1])
+    with steer(model, edits):
+        together = logits(model, inputs)[:, -1]
+        answers(model, inputs)
+    assert all((together - one).abs().max() > 1e-3 for one in alone)
+    assert torch.equal(logits(model, inputs), plain) and torch.equal(answers(model, inputs), said)
 
 
 def test_bad_arguments_are_named(transformers):

@@ -99,7 +99,7 @@ class ReinforceHeads(HeadDivergence):
 
     Layer by layer: each layer is measured with those below it reinforced, in one pass that carries both contexts. Then
     H is frozen for the answer, until the next prompt: `aware[layer]` is bool `(B, H)`. No parameters; the prompt passes
-    three times instead of once. Source: arXiv 2412.13949.
+    three times instead of once. Other edits do not act on the measurement. Source: arXiv 2412.13949.
 
     Args:
         alpha: the strength; 1 changes nothing, and 4 spoils LLaVA's text.

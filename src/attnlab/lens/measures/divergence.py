@@ -61,8 +61,8 @@ def aware_heads(divergences: Tensor) -> Tensor:
     """Which heads of a layer `(…, H)` are above its median (the mean of the middle two): bool, half of them at most."""
     if divergences.shape[-1] < 2:
         return torch.zeros_like(divergences, dtype=torch.bool)  # nothing is above the median of one
-    middle = torch.quantile(divergences.to(torch.float32), 0.5, dim=-1, keepdim=True)
-    return divergences > middle.to(divergences.dtype)
+    wide = divergences.to(torch.promote_types(divergences.dtype, torch.float32))
+    return wide > torch.quantile(wide, 0.5, dim=-1, keepdim=True)
 
 
 def _outlying(x: Tensor) -> Tensor:
