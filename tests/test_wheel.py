@@ -22,6 +22,7 @@ def test_the_wheel_installs_into_a_clean_environment(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "attnlab/py.typed" in names
     assert any(n.endswith("report.html.j2") for n in names)
+    assert {n.rsplit(".", 1)[1] for n in names if n.startswith("attnlab/lens/viewer/page/")} == {"css", "j2", "js"}
     assert not [n for n in names if not n.startswith(("attnlab/", "attnlab-"))]
 
     venv.create(tmp_path / "clean", with_pip=True)

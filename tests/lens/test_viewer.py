@@ -117,6 +117,26 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
         view.write(tmp_path)
 
 
+def test_a_record_becomes_a_page_with_its_layers_heads_labels_and_grid():
+    from attnlab import lens
+    from attnlab.models.skeletons.plain import Plain
+
+    model = Plain(dim=32, depth=3, mixer="multihead", mixer_options=dict(heads=4), image=12, patch=4, num_classes=2)
+    with torch.no_grad(), lens.watch(model, layers=[0, 2], heads=[1, 3], grid=(3, 3)) as record:
+        model(torch.randn(2, 3, 12, 12))
+    view = View.of_record(record, sample=1, image=PIXEL)
+    assert [(x["number"], x["heads"], x["name"]) for x in view.layers] == [
+        (0, [1, 3], "encoder.blocks.0.mixer"),
+        (2, [1, 3], "encoder.blocks.2.mixer"),
+    ]
+    assert view.tokens == [Tokens(10, None, (3, 3), 1, PIXEL)] and view.title == "Plain"
+    torch.testing.assert_close(unpack(view.blobs[1], view.layouts[1]), record[2][1], rtol=0.02, atol=2e-3)
+    with torch.no_grad(), lens.watch(model, keep="stats") as record:
+        model(torch.randn(1, 3, 12, 12))
+    with pytest.raises(ValueError, match="this one holds stats"):
+        View.of_record(record)
+
+
 # In a browser
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attnlab.lens.record import Record, tokens_before
 from attnlab.lens.viewer.pack import BUDGET, Layout, Places, layouts, pack, quantised
 
 _THUMB = 24  # a matrix in the overview is at most so many pixels wide
@@ -99,6 +100,29 @@ class View:
         view = cls([(len(w), t, t) for w, t in zip(listed, spaces, strict=True)], **about)
         for i, w in enumerate(listed):
             view.add(f"layer {i}", w)
+        return view
+
+    @classmethod
+    def of_record(cls, record: Record, *, sample: int = 0, image: str | None = None, **about: Any) -> View:
+        """A page over one sample of a record of weights, with its labels and grid; `image` as a data URL."""
+        if record.what != "weights":
+            raise ValueError(f"record must hold weights (watch with keep='weights'), and this one holds {record.what}")
+        given = record.tokens or []
+        labels = given if not given or isinstance(given[0], str) else given[sample]
+
+        def tokens(count: int) -> Tokens:
+            before = tokens_before(count, record.grid, record.prefix)
+            grid = (record.grid[0], record.grid[1]) if record.grid is not None and len(record.grid) == 2 else None
+            named = tuple(map(str, labels)) if len(labels) == count else None
+            if before is None or grid is None:
+                return Tokens(count, named)
+            return Tokens(count, named, grid, before, image)
+
+        maps = [record[ordinal][sample] for ordinal in record.ordinals]
+        view = cls([(len(w), tokens(w.shape[1]), tokens(w.shape[2])) for w in maps], **{"title": record.model, **about})
+        for ordinal, weights in zip(record.ordinals, maps, strict=True):
+            entry = record.of(ordinal)[0]
+            view.add(entry.name, weights, number=ordinal, heads=entry.heads)
         return view
 
     def add(
