@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from attnlab import scale
 from attnlab.cost import count_flops, fit_growth
+from attnlab.patterns import Causal
+from attnlab.scale import Layout
 from attnlab.scale.unified import MIXERS, StateSpace, mixer, report
 
 L, D = 48, 6
@@ -64,3 +68,36 @@ def test_the_report_has_a_row_for_each_mixer() -> None:
     assert len(rows) == 1 + len(MIXERS) and all(len(row) == len(rows[0]) for row in rows)
     with pytest.raises(ValueError, match="name must be one of"):
         mixer("rnn", 4, 4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("split", ["sequence", "heads", "both"])
+def test_distributed_attention_is_torchs(split: str, causal: bool) -> None:
+    q, k, v = torch.randn(3, 2, 4, 37, 8, dtype=torch.float64, requires_grad=True)
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    grads = torch.autograd.grad(wanted.sin().sum(), (q, k, v))
+    layout, pattern = Layout.contiguous(37, 4), Causal() if causal else None
+
+    def rank(wire):
+        r = wire.rank
+        if split == "heads":
+            mine = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+            out = scale.attend(*mine, mesh=wire, method="heads", pattern=pattern)
+            out = out[:, :, layout.positions(r)]
+        else:
+            mine = [layout.shard(x.detach(), r).clone().requires_grad_() for x in (q, k, v)]
+            mesh = (
+                wire
+                if split == "sequence"
+                else (wire.part([r % 2, r % 2 + 2]), wire.part([r // 2 * 2, r // 2 * 2 + 1]))
+            )
+            method = "ring" if split == "sequence" else "usp"
+            out = scale.attend(*mine, mesh=mesh, method=method, layout=layout, pattern=pattern)
+        out.sin().sum().backward()
+        return out.detach(), [x.grad for x in mine]
+
+    found = scale.simulate(4, rank)
+    assert (layout.whole([out for out, _ in found]) - wanted).abs().max() < 1e-10
+    for ours, theirs in zip(zip(*(g for _, g in found), strict=True), grads, strict=True):
+        whole = torch.stack(ours).sum(0) if split == "heads" else layout.whole(ours)
+        assert (whole - theirs).abs().max() < 1e-10

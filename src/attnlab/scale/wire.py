@@ -117,7 +117,8 @@ class Distributed(Wire):
             self.device = torch.device("cuda", torch.cuda.current_device())
 
     def _wait(self, works: Sequence[dist.Work], what: str, others: Sequence[int]) -> None:
-        limit = None if self.timeout is None else timedelta(seconds=self.timeout)
+        # With a limit, NCCL would make the host wait for what is to overlap; there its own watchdog keeps the time.
+        limit = None if self.timeout is None or self.device is not None else timedelta(seconds=self.timeout)
         try:
             for work in works:
                 work.wait() if limit is None else work.wait(limit)
