@@ -196,6 +196,20 @@ def test_guided_generation_equals_two_streams_recomputed_at_each_step(transforme
             ids, text = torch.cat((ids, best[:, None]), 1), torch.cat((text, best[:, None]), 1)
 
 
+def test_beams_that_change_places_are_guided_by_their_own_words(transformers):
+    model, inputs = tiny_llava(transformers, layers=2), ask(batch=2)
+    prompt = without_image(model, inputs)
+    text, length = prompt["input_ids"].repeat_interleave(3, 0), inputs["input_ids"].shape[1]
+
+    def from_scratch(ids, scores):
+        whole = torch.cat((text, ids[:, length:]), 1)
+        return guided(scores, logits(model, {"input_ids": whole})[:, -1], guidance=3.0)
+
+    said = answers(model, inputs, new=6, num_beams=3, logits_processor=[ImageGuidance(model, prompt, guidance=3.0)])
+    assert torch.equal(said, answers(model, inputs, new=6, num_beams=3, logits_processor=[from_scratch]))
+    assert not torch.equal(said, answers(model, inputs, new=6, num_beams=3))
+
+
 def test_the_stream_without_the_image_is_neither_edited_nor_seen(transformers):
     model, inputs = tiny_llava(transformers, layers=3), ask()
     prompt = without_image(model, inputs)
