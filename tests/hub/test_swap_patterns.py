@@ -276,6 +276,8 @@ def test_bad_input_is_named_and_the_model_stays_as_it_was(timm, llama, ids) -> N
             victim(x)
     with swap(pair, Neighborhood, kernel=3, grid=(3, 3), prefix=1):
         pair(torch.randn(1, 10, 16))
+    with swap(pair, Neighborhood, kernel=(1, 3, 3), grid=(2, 3, 3)):  # frames, rows, columns
+        pair(torch.randn(1, 18, 16))
     for keywords, error, words in [
         (dict(what=3), TypeError, "what must be a pattern"),
         (dict(what=Window(3), size=4), ValueError, "options go with"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ from attnlab.lens.subscriber import Handle
 
 @dataclass(frozen=True)
 class Place:
-    """A grid `(H, W)` behind `prefix` tokens that belong to none of its places, and who says so."""
+    """A grid, `(H, W)` as a rule, behind `prefix` tokens that belong to none of its places, and who says so."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     prefix: int
     source: str
 
     @property
     def tokens(self) -> int:
-        return self.prefix + self.grid[0] * self.grid[1]
+        return self.prefix + math.prod(self.grid)
+
+    def __str__(self) -> str:
+        return f"{' × '.join(map(str, self.grid))} behind {self.prefix} ({self.source})"
 
 
 # What a module says of its input when it is called: None where it says nothing.
@@ -40,10 +44,10 @@ class Grids:
     and the tokens put before them. attnlab: the `grid` that a mixer is called with. A grid given by hand goes first.
     """
 
-    def __init__(self, model: nn.Module, grid: tuple[int, int] | None = None, prefix: int | None = None) -> None:
+    def __init__(self, model: nn.Module, grid: tuple[int, ...] | None = None, prefix: int | None = None) -> None:
         if grid is None and prefix is not None:
             raise ValueError(f"prefix={prefix} goes with a grid: give grid=(H, W) too")
-        self.given = None if grid is None else Place((int(grid[0]), int(grid[1])), prefix or 0, "given by hand")
+        self.given = None if grid is None else Place(tuple(int(n) for n in grid), prefix or 0, "given by hand")
         self._model = model
         self._now = threading.local()
 
@@ -76,10 +80,9 @@ class Grids:
                 "give grid=(H, W), and prefix= if there are tokens before them"
             )
         if found.tokens != tokens:
-            height, width = found.grid
             raise ValueError(
-                f"{layer} attends over {tokens} tokens, but the grid is {height} × {width} behind {found.prefix} "
-                f"({found.source}): give grid=(H, W) and prefix= for this layer, or leave it out with layers="
+                f"{layer} attends over {tokens} tokens, but the grid is {found}: give grid=(H, W) and prefix= for this "
+                "layer, or leave it out with layers="
             )
         return found
 

@@ -49,7 +49,7 @@ class StandIn(nn.Module):
                 "give texts of one length, or swap in a mechanism that takes masks"
             ) from error
 
-    def _grid(self, tokens: int) -> tuple[int, int]:
+    def _grid(self, tokens: int) -> tuple[int, ...]:
         place = cast(Grids, self.grids).of(self.name, tokens)
         own = int(bool(getattr(self.mixer, "class_token", False)))
         if place.prefix != own:

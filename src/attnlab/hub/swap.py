@@ -22,7 +22,7 @@ from attnlab.patterns import Pattern, Prefixed
 from attnlab.patterns.grid import GridPattern
 from attnlab.routing import Route
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]
 What = Pattern | Route | str | type | Callable[[Grid], Pattern]
 # What people call a mechanism beside its name here.
 _ALIASES = {"moh": "mixture_of_heads"}
@@ -57,7 +57,7 @@ def swap(
             "agent", "linear", "kda", or any of `attnlab.names(kind="tokens")`).
         layers: which, in the order in which they attend (of mechanisms: in which they are defined); ordinals, negative
             from the end, or globs on names. All if None.
-        grid, prefix: how the tokens lie, where the model does not say: (H, W) behind so many tokens.
+        grid, prefix: how the tokens lie, where the model does not say: (H, W), or (T, H, W), behind so many tokens.
         options: of the class of patterns, or of the mechanism.
 
     Returns:

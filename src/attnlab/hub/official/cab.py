@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,46 @@ from attnlab.hub.renaming import load
 from attnlab.hub.renaming import rename as by_rules
 from attnlab.nn.linear.bounded_memory import BoundedMemory
 from attnlab.nn.linear.cosformer import CosFormer
+from attnlab.nn.linear.diagonal_ssm import S4D
 from attnlab.nn.linear.nystrom import NystromAttention
 from attnlab.nn.linear.performer import Performer
+from attnlab.nn.linear.randomized import RandomizedAttention
 from attnlab.nn.multihead import MultiHead
+from attnlab.nn.sparse.prob_sparse import ProbSparseAttention
 from attnlab.nn.sparse.streaming_llm import SlidingWindow
+from attnlab.nn.sparse.transformer_ls import WindowAndSummaries
 from attnlab.patterns import Explicit, Pattern
 
 _CAB = "Shark-NLP/CAB"
-_RULES = ((r"out_proj\.", "wo."), (r"\bcompress_(k|v)$", r"c\1"), (r"\beval_proj$", "projection"))
+_RULES = (
+    (r"\b(q)uery_projection\.|\b(k)ey_projection\.|\b(v)alue_projection\.|\bW_([qkv])\.", r"\1\2\3\4_proj."),
+    (r"\b(out_proj|out_projection|W_o|output_linear)\.", "wo."),
+    (r"\bcompress_(k|v)$", r"c\1"),
+    (r"\beval_proj$", "projection"),
+    (r"\bdual_ln_l\.", "near_norm."),
+    (r"\bdual_ln_s\.", "far_norm."),
+    (r"\bdconv_fc\.", "wp."),
+    (r"\bkernel\.kernel\.C$", "reads"),
+    (r"\bkernel\.kernel\.log_dt$", "step_log"),
+    (r"\bkernel\.kernel\.log_w_real$", "decay_log"),
+    (r"\bkernel\.kernel\.w_imag$", "turn"),
+    (r"\bD$", "skip"),
+)
+
+
+# What ours have no counterpart for: the values that these arguments may have, if they are given.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "add_bias_kv": (), "add_zero_attn": (), "mix": (), "transposed": (), "postact": (), "d_keys": (), "d_values": (),
+    "scale": (), "activation": ("gelu",), "act_fun": ("relu",), "proposal_gen": ("seg-means",), "head_dim": (),
+}  # fmt: skip
 
 
 def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names: q, k and v in one matrix."""
     named = by_rules(params, _RULES)
+    for name in named:
+        if re.search(r"\b(decay_log|turn)$", name):
+            named[name] = named[name].squeeze(0)
     for name in [name for name in named if "q_proj." in name]:
         each = [named.pop(name.replace("q_proj.", f"{part}_proj.")) for part in "qkv"]
         named[name.replace("q_proj.", "wqkv.")] = torch.cat(each)
@@ -41,9 +69,9 @@ def _common(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("kdim", "vdim"):
         if arguments.get(name) not in (None, dim):
             raise ValueError(f"{name} must be embed_dim = {dim}, got {arguments[name]}")
-    for name in ("add_bias_kv", "add_zero_attn", "mix", "transposed"):
-        if arguments.get(name):
-            raise ValueError(f"{name}=True is not served")
+    for name, only in _ONLY.items():
+        if arguments.get(name) not in (None, False, *only):
+            raise ValueError(f"{name} must be left out, or one of {only}, got {arguments[name]!r}")
     return {"dim": dim, "heads": arguments["num_heads"], "bias": arguments.get("bias", True)}
 
 
@@ -193,8 +221,6 @@ class Cosformer(_Crossing):
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> CosFormer:
         if arguments.get("causal"):
             raise ValueError("causal=True is refused, as by the library's constructor")
-        if arguments.get("act_fun", "relu") != "relu":
-            raise ValueError(f"act_fun must be 'relu': the library's {arguments['act_fun']!r} cannot be called")
         module = CosFormer(**_common(arguments))
         _filled(module, params)
         if not arguments.get("has_outproj", True):
@@ -209,6 +235,84 @@ class PerformerLibrary(_Crossing):
     @staticmethod
     def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> Performer:
         module = Performer(
-            **_common(arguments), random_features=arguments.get("approx_attn_dim", 16), variant="release"
+            **_common(arguments), random_features=arguments.get("approx_attn_dim", 16), eps=1e-4, variant="release"
         )
         return _filled(module, {"eval_proj": module.projection, **params})
+
+
+@official(_CAB, "Lara", ours=RandomizedAttention)
+class Lara(_Alone):
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> RandomizedAttention:
+        return _filled(RandomizedAttention(**_common(arguments), landmarks=arguments.get("num_landmarks", 16)), params)
+
+
+class _Seeded(NamedTuple):
+    module: ProbSparseAttention
+    seed: int
+
+
+@official(_CAB, "ProbSparse", ours=ProbSparseAttention)
+class ProbSparse:
+    """Which keys each query is judged by is drawn as by torch after the seed that the call names, or after 0."""
+
+    rename = staticmethod(rename)
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> _Seeded:
+        module = _filled(ProbSparseAttention(**_common(arguments), factor=arguments.get("factor") or 5), params)
+        seed = re.search(r"manual_seed\((\d+)\)", arguments.get("call", ""))
+        return _Seeded(module.eval(), int(seed[1]) if seed else 0)
+
+    @staticmethod
+    def run(module: _Seeded, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        x, context, _ = _tokens(inputs)  # the library ignores padding here
+        _self_attention(x, context)
+        tokens = x.shape[1]
+        rng = torch.Generator().manual_seed(module.seed)
+        sample = torch.randint(tokens, (tokens, module.module.count(tokens)), generator=rng)
+        return {"y": module.module(x, sample=sample)}
+
+
+@official(_CAB, "S4D", ours=S4D)
+class S4DLibrary:
+    """Reads the query alone, and every token of it: padding masks do nothing."""
+
+    rename = staticmethod(rename)
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> S4D:
+        module = S4D(
+            _common({"num_heads": 1, **arguments})["dim"],
+            states=arguments.get("d_state", 16),
+            copies=arguments.get("num_heads", 1),
+            causal=not arguments.get("bidirectional", False),
+        )
+        return _filled(module, params)
+
+    @staticmethod
+    def run(module: S4D, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": module(inputs["query"])}
+
+
+@official(_CAB, "AttentionLS", ours=WindowAndSummaries)
+class AttentionLS:
+    """The long-short attention that is not causal; reads the query alone."""
+
+    rename = staticmethod(rename)
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> WindowAndSummaries:
+        if arguments.get("conv_kernel_size", -1) > 0:
+            raise ValueError("conv_kernel_size must be -1: the library's convolution cannot be called")
+        module = WindowAndSummaries(
+            **_common(arguments),
+            window=arguments.get("window_size", 15),
+            summaries=arguments.get("num_landmarks", 16),
+        )
+        return _filled(module, params)
+
+    @staticmethod
+    def run(module: WindowAndSummaries, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        x, _, keep = _tokens(inputs)
+        return {"y": module(x, keep=keep)}
