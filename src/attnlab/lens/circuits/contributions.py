@@ -46,7 +46,7 @@ def head_contributions(
             alone = pooled.new_zeros(batch, heads, heads, width)
             every = torch.arange(heads, device=pooled.device)
             alone[:, every, every] = pooled
-            parts.append(projection(alone.flatten(2)) - projection(pooled.new_zeros(heads * width)))
+            parts.append(projection(alone.flatten(2)) - projection(pooled.new_zeros(1, 1, heads * width)))
     return torch.cat(parts, 1)
 
 

@@ -62,8 +62,8 @@ class SoftInjection(nn.Module):
 
         z_lh ← (1 − σ(a_lh)) z_lh + σ(a_lh) E_lh        at the prompt's last token, in all layers of one pass
 
-    Use: `with lens.steer(model, injection.edit()): model.generate(ids)`. What is decoded afterwards is touched only
-    through the cache. Source: arXiv 2507.20906.
+    Use: `with lens.steer(model, injection.edit()): model.generate(ids)`. A pass over one token, as each is that decodes
+    with a cache, is left alone: what is decoded is touched only through the cache. Source: arXiv 2507.20906.
 
     Args:
         embedding: `(layers, heads, D)` of `task_embedding`.
@@ -94,7 +94,7 @@ class SoftInjection(nn.Module):
 
 class _Inject(Edit):
     def __init__(self, alpha: Tensor, embedding: Tensor, last: Tensor | None) -> None:
-        super().__init__(steps=0)
+        super().__init__()
         self.alpha, self.embedding, self.last = alpha, embedding, last
 
     def output(self, event: Event, out: Tensor) -> Tensor:
