@@ -1,1 +1,1 @@
-"""What attention is made to do instead: edits for `lens.steer`, ways to decode. May import lens.measures and the tap."""
+"""What attention is made to do instead: edits for `lens.steer`, ways to decode. May import measures and the tap."""
