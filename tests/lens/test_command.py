@@ -225,23 +225,29 @@ def test_what_cannot_be_done_is_said_in_a_sentence(lens, llama, vit, picture, tm
     assert not (tmp_path / "page.html").exists()
 
 
+def folder_of(path, architecture, **arguments):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"architecture": architecture, "model_args": arguments}))
+    return path
+
+
 def test_a_model_without_attention_and_one_with_its_own_softmax_are_named(lens, timm, picture, tmp_path):
-    about = {"architecture": "resnet10t", "num_classes": 3}
-    for folder, text in (("convolutions", about), ("by_hand", None)):
-        (tmp_path / folder).mkdir()
-        if text:
-            (tmp_path / folder / "config.json").write_text(json.dumps(text))
     with pytest.raises(ValueError, match="ResNet made no attention call"):
-        lens("convolutions", picture)
-    about = dict(architecture="vit_tiny_patch16_224", model_args=dict(img_size=32, patch_size=8, depth=1, embed_dim=48))
-    (tmp_path / "by_hand" / "config.json").write_text(json.dumps(about))
-    timm.layers.set_fused_attn(False)
-    try:
-        with pytest.raises(ValueError, match=r"blocks\.0\.attn computes its softmax by hand") as caught:
-            lens("by_hand", picture)
-    finally:
-        timm.layers.set_fused_attn(True)
+        lens(folder_of(tmp_path / "convolutions", "resnet10t"), picture)
+    with pytest.raises(ValueError, match="computes its softmax by hand") as caught:
+        lens(folder_of(tmp_path / "by_hand", "levit_128s"), picture)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"timm cannot build resnet10t: .*unexpected keyword argument 'heads'"):
+        lens(folder_of(tmp_path / "wrong", "resnet10t", heads=3), picture)
+
+
+def test_windows_are_averaged_and_that_is_said(lens, timm, picture, tmp_path):
+    small = dict(img_size=32, patch_size=2, window_size=4, depths=[2, 2], embed_dim=24, num_heads=[2, 4])
+    _, page = lens(folder_of(tmp_path / "swin", "swin_tiny_patch4_window7_224", **small), picture, "--no-importance")
+    assert [(layer["note"], len(layer["heads"])) for layer in page["layers"]] == [
+        *[("mean over 16 windows", 2)] * 2, *[("mean over 4 windows", 4)] * 2,
+    ]  # fmt: skip
+    assert page["spaces"][0]["count"] == 16 and page["spaces"][0]["grid"] is None  # never guessed
 
 
 def test_a_corrupt_config_and_a_strange_one(lens, tmp_path):

@@ -200,7 +200,14 @@ def _timm(name: str, **arguments: Any) -> Subject:
     if not package.is_model(name):
         near = difflib.get_close_matches(name, package.list_models(), n=3)
         raise ValueError(f"model: timm has no {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    model = package.create_model(name, pretrained=False, **arguments)
+    # timm has fused attention that it does not use by itself (of windows); attention by hand cannot be seen.
+    package.layers.set_fused_attn(True, experimental=True)
+    try:
+        model = package.create_model(name, pretrained=False, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"model: timm cannot build {name}: {_first_line(error)}") from error
+    finally:
+        package.layers.set_fused_attn(True)
     about = getattr(model, "pretrained_cfg", None) or {}
     size = tuple(about.get("input_size") or (3, 224, 224))
     # A model built for another size says so in its patches.
