@@ -123,6 +123,7 @@ class NystromAttention(MultiHead):
         real = None if keep is None else check_keep(keep, k)
         if real is not None:
             k, v = k * real, v * real
+            q = q if self.variant == "release" else q * real  # in landmarks, padding's queries would show through
         scale = 1 / self.head_dim if self.variant == "release" else self.head_dim**-0.5
         heads = self.approximate(q, k, v, real, scale)
         if self.conv is not None:

@@ -50,7 +50,7 @@ class Performer(LinearAttention):
     divided by its largest feature, which changes nothing but ε. Source: arXiv 2009.14794.
 
     Args:
-        random_features: m.
+        random_features: m. eps: ε, 1e-4 in CAB's library.
         variant: "paper", or "release", CAB's library (Shark-NLP/CAB): keys are divided by the largest feature of them
             all, and the divisor is at least 0.1, which shrinks outputs wherever the features are small; in training
             every call draws independent w. It is not causal: what CAB calls so reads the future through that largest
@@ -66,7 +66,7 @@ class Performer(LinearAttention):
         heads: int = 8,
         head_dim: int | None = None,
         random_features: int = 64,
-        eps: float = 1e-4,
+        eps: float = 1e-6,
         variant: Literal["paper", "release"] = "paper",
         seed: int = 0,
         bias: bool = True,
