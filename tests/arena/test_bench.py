@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from attnlab.arena import bench, study
 from attnlab.arena.bench import curve, longca, ops
+from attnlab.arena.bench import scale as scale_bench
 from attnlab.arena.bench.operators import OPERATORS, OURS
 from attnlab.cli import app
 from attnlab.patterns.training import STATIC, flops
@@ -118,3 +119,46 @@ def test_the_command_measures_resumes_reports_and_exports(tmp_path):
 def test_every_static_mask_has_its_place_in_the_benchmark():
     assert len(STATIC) >= 12 and len(longca.DYNAMIC) == 2
     assert [c["mask"] for c in longca.cases()] == list(longca.MASKS)
+
+
+def test_a_case_of_ranks_counts_its_bytes_and_is_right():
+    _, case = scale_bench.cases(masks=["causal"], methods=["allgather"], ranks=[2], lengths=[64], head_dim=8)
+    record = scale_bench.measure(case, "cpu", lambda fraction: None)
+    assert record["status"] == "done", record["reason"]
+    (point,) = record["points"]
+    forward = 32 * 2 * 4 * 8 * 4  # half the tokens' keys and values, of 4 heads of 8 float32, to the other rank
+    assert point["sent"] == 3 * forward  # the backward sends them again, and their gradients
+    assert point["deviation"] < 1e-5
+    assert point["balance"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_which_ranks_there_are_is_planned_and_said():
+    cases = scale_bench.cases(peers=True)
+    assert {c["method"] for c in cases} == {*scale_bench.METHODS, scale_bench.ALONE, "torch context_parallel"}
+    assert all((c["method"] == "lasp2") == (c["mask"] == "state") for c in cases if c["ranks"] > 1)
+    assert not any(c["method"] == "usp" and c["ranks"] < 4 for c in cases)
+    for wrong, said in (
+        (dict(masks=["block_sparse"]), "masks"),
+        (dict(methods=["rung"]), "methods"),
+        (dict(ranks=[1]), "ranks"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            scale_bench.cases(**wrong)
+    said = CliRunner().invoke(app, ["bench", "scale", "--plan", "--gpus", "64", "--length", "2M"])
+    assert said.exit_code == 0 and "← chosen" in said.output
+
+
+def test_two_plans_are_one_study():
+    kernels = study.plan_benchmark("longca", masks=["causal"])
+    both = kernels + study.plan_benchmark("scale", masks=["causal"], methods=["ring"], ranks=[2])
+    assert [job.benchmark for job in both.jobs] == ["longca", "scale", "scale"]
+    assert both.settings["mechanisms"] == [OURS, scale_bench.ALONE, "ring × 2"]
+
+
+def test_a_case_whose_ranks_fail_is_a_failed_case(monkeypatch):
+    case = scale_bench.cases(masks=["causal"], methods=["ring"], ranks=[2], lengths=[64])[1]
+    monkeypatch.setattr(scale_bench, "_PATIENCE", 0.01)
+    assert scale_bench.measure(case, "cpu", lambda fraction: None)["reason"] == "no end after 0 s"
+    monkeypatch.setattr(scale_bench, "_PATIENCE", 60.0)
+    record = scale_bench.measure({**case, "mask": "nonsense", "method": "one process"}, "cpu", lambda fraction: None)
+    assert record["status"] == "failed" and "mask must be one of" in record["reason"]

@@ -26,14 +26,21 @@ Numbers = Annotated[str | None, typer.Option(help="Comma-separated; the budget's
 def longca(
     masks: Names = None, operators: Names = None, lengths: Numbers = None, heads: int = 8,
     kv_heads: int | None = None, head_dim: int = 64, dtype: str = "float32", sparsity: float = 0.9,
+    ranks: Annotated[str, typer.Option(help="Also spread over so many processes, such as 2,4.")] = "",
     budget: Budget = "small", peers: Peers = False, device: Device = "", out: Out = Path("runs"),
 ) -> None:  # fmt: skip
-    """Kernels under the masks of long-context training: forward, backward, memory (arXiv 2510.17896)."""
-    run(
-        "longca", out, budget=budget, device=device, peers=peers, masks=split(masks), operators=split(operators),
-        lengths=whole_numbers(lengths), heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
-        sparsity=sparsity,
+    """Kernels under the masks of long-context training, then context parallelism under them (arXiv 2510.17896)."""
+    from attnlab.arena.bench.longca import DYNAMIC, STATIC
+
+    given = dict(lengths=whole_numbers(lengths), heads=heads, head_dim=head_dim, peers=peers)
+    plan = planned(
+        "longca", budget=budget, device=device, masks=split(masks), operators=split(operators), kv_heads=kv_heads,
+        dtype=dtype, sparsity=sparsity, **given,
     )  # fmt: skip
+    static = [mask for mask in split(masks) or STATIC if mask not in DYNAMIC]
+    if ranks and static:
+        plan += planned("scale", budget=budget, device="cpu", masks=static, ranks=whole_numbers(ranks), **given)
+    perform(plan, out)
 
 
 @app.command()
@@ -42,20 +49,46 @@ def ops(
     budget: Budget = "small", peers: Peers = False, device: Device = "", out: Out = Path("runs"),
 ) -> None:  # fmt: skip
     """`attend` and `scan`: the patterns and states that mechanisms stand on."""
-    run(
-        "ops", out, budget=budget, device=device, peers=peers, only=split(only), lengths=whole_numbers(lengths),
+    plan = planned(
+        "ops", budget=budget, device=device, peers=peers, only=split(only), lengths=whole_numbers(lengths),
         heads=heads, head_dim=head_dim, dtype=dtype,
     )  # fmt: skip
+    perform(plan, out)
 
 
-def run(name: str, out: Path, *, budget: str, device: str, **options: Any) -> None:
-    """Plans a benchmark and performs it."""
+@app.command()
+def scale(
+    plan: Annotated[bool, typer.Option("--plan", help="Measure nothing: say which method to use, and why.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="With --plan: how many.")] = 8,
+    length: Annotated[str, typer.Option(help="With --plan: tokens, such as 131072, 128K or 2M.")] = "128K",
+    machine: Annotated[str, typer.Option(help="With --plan: a100, h100 or h200.")] = "h100",
+    linear: Annotated[float, typer.Option(help="With --plan: the share of layers that keep a state.")] = 0.0,
+    masks: Names = None, methods: Names = None, ranks: Annotated[str, typer.Option(help="Processes.")] = "2,4",
+    lengths: Numbers = None, heads: int = 4, head_dim: int = 64, budget: Budget = "small", peers: Peers = False,
+    out: Out = Path("runs"),
+) -> None:  # fmt: skip
+    """Context parallelism × masks × ranks on processes of this machine, or which method to use on many GPUs."""
+    if plan:
+        from attnlab.scale import plan as ask
+        from attnlab.scale.plan import Model
+
+        new_console().print(str(ask(gpus=gpus, length=length, model=Model(linear=linear), machine=machine)))
+        return
+    measured = planned(
+        "scale", budget=budget, device="cpu", peers=peers, masks=split(masks), methods=split(methods),
+        ranks=whole_numbers(ranks), lengths=whole_numbers(lengths), heads=heads, head_dim=head_dim,
+    )  # fmt: skip
+    perform(measured, out)
+
+
+def planned(name: str, *, budget: str, device: str, **options: Any) -> Any:
+    """The plan of a benchmark."""
     from attnlab.arena import study
     from attnlab.arena.bench import curve
 
     if budget not in curve.LENGTHS:
         raise ValueError(f"budget: {budget!r} is not one of {', '.join(curve.LENGTHS)}")
-    perform(study.plan_benchmark(name, budget=budget, device=device, **options), out)
+    return study.plan_benchmark(name, budget=budget, device=device, **options)
 
 
 def perform(

@@ -23,7 +23,7 @@ from attnlab.arena.jobs import Job
 from attnlab.arena.network import NONE, refuses, takes_part
 from attnlab.arena.pool import Event, perform
 from attnlab.arena.store import Store, Study
-from attnlab.arena.task import CAUSAL, GRID, Task, find_task, tasks
+from attnlab.arena.task import CAUSAL, GRID, SELF, Task, find_task, tasks
 
 MECHANISMS = ("multihead", "gated", "sliding_window", "power", "linear", "kda", "neighborhood", "agent", "focal")
 _PACKAGES = ("torch", "numpy", "scikit-image", "statsmodels")
@@ -46,6 +46,15 @@ class Plan:
     def jobs(self) -> list[Job]:
         return self.trials + self.sweeps + self.measurements
 
+    def __add__(self, other: Plan) -> Plan:
+        """Both, the settings of the first, with the other's mechanisms."""
+        mechanisms = list(dict.fromkeys(self.settings["mechanisms"] + other.settings["mechanisms"]))
+        return Plan(
+            self.trials + other.trials, self.sweeps + other.sweeps, self.left_out + other.left_out,
+            {**self.about, **other.about}, {**self.settings, "mechanisms": mechanisms}, self.load + other.load,
+            self.measurements + other.measurements,
+        )  # fmt: skip
+
 
 def plan(
     names_of_tasks: Sequence[str] = (),
@@ -62,32 +71,42 @@ def plan(
         raise ValueError(f"seeds: {seeds} is not a number of seeds; at least 1 is wanted")
     if budget not in measure.LENGTHS:
         raise ValueError(f"budget: {budget!r} is not one of {', '.join(measure.LENGTHS)}")
-    device = _device(device)
+    device = device_of(device)
     jobs.load_files(load)
     left_out: list[list[str]] = []
     chosen = _tasks(names_of_tasks, budget, data, left_out)
-    contestants = _contestants(mechanisms)
+    return lay_out(
+        chosen, contestants(mechanisms), seeds=seeds, budget=budget, data=data, device=device, load=load,
+        left_out=left_out,
+    )  # fmt: skip
+
+
+def lay_out(
+    chosen: Sequence[Task], names: Sequence[str], *, seeds: int, budget: str, data: Path | str | None,
+    device: str, load: Sequence[Path | str], left_out: list[list[str]], **settings: Any,
+) -> Plan:  # fmt: skip
+    """The trials of the contestants on tasks that are loaded, and the sweeps of those that have a trial."""
     trials, layouts = [], set()
     for task in chosen:
-        for name in contestants:
+        for name in names:
             if reason := takes_part(name, type(task)) or refuses(name, task):
                 left_out.append([task.name, name, reason])
     out = {(task, name) for task, name, _ in left_out}
     for seed in range(seeds):  # seed by seed, so that an interrupted study has something to say about all
         for task in chosen:
-            for name in contestants:
+            for name in names:
                 if (task.name, name) in out:
                     continue
                 trials.append(jobs.trial(task, name, seed, budget, device))
-                if task.layout in (CAUSAL, GRID):  # cross attention costs what self attention does
+                if task.layout in (CAUSAL, GRID, SELF):  # cross attention costs what self attention does
                     layouts.add((name, task.layout))
     if not any(job.mechanism != NONE for job in trials):
         reasons = "; ".join(f"{name} on {task}: {reason}" for task, name, reason in left_out)
         raise ValueError(f"mechanisms: none of them can do any of the tasks. {reasons}")
     sweeps = [jobs.sweep(name, layout, budget, device, cores()) for name, layout in sorted(layouts) if name != NONE]
-    settings = {
+    settings |= {
         "tasks": [task.name for task in chosen],
-        "mechanisms": contestants,
+        "mechanisms": list(names),
         "seeds": seeds,
         "budget": budget,
         "data": None if data is None else str(data),
@@ -99,7 +118,7 @@ def plan(
 
 def plan_benchmark(name: str, *, budget: str = "small", device: str = "", **options: Any) -> Plan:
     """The cases of the benchmark `name` (`attnlab.arena.bench`), measured one at a time with the machine to itself."""
-    device = _device(device)
+    device = device_of(device)
     cases = bench.find(name).cases(budget, **options)
     if not cases:
         raise ValueError(f"{name}: nothing is left to measure")
@@ -111,7 +130,7 @@ def plan_benchmark(name: str, *, budget: str = "small", device: str = "", **opti
     return Plan([], [], [], {}, settings, measurements=jobs_)
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     """The device asked for, or the GPU if there is one."""
     has_gpu = torch.cuda.is_available()
     kind = name.split(":")[0]
@@ -160,11 +179,11 @@ def _what(path: Path) -> str:
     return "images" if path.is_dir() else "text"
 
 
-def _contestants(mechanisms: Sequence[str]) -> list[str]:
+def contestants(mechanisms: Sequence[str], default: Sequence[str] = MECHANISMS) -> list[str]:
     """The control first, then the mechanisms asked for, or the default ones."""
     if not mechanisms:
         known = cards.names()
-        return [NONE, *(name for name in MECHANISMS if name in known)]
+        return [NONE, *(name for name in default if name in known)]
     names = list(dict.fromkeys(mechanisms))
     for name in names:
         if name != NONE:

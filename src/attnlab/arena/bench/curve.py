@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnlab.arena import memory
 from attnlab.arena.bench import Progress
-from attnlab.arena.bench.operators import OPERATORS, Refusal, Run
+from attnlab.arena.bench.operators import OPERATORS, Run
 from attnlab.arena.measure import Point, seconds_of, too_much
 from attnlab.attend import attend
 from attnlab.patterns import Pattern

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from attnlab.arena.bench import Grid, Progress, curve, pivot
 from attnlab.arena.bench.operators import OURS, chosen
+from attnlab.cards import BENCHMARK, Card, register
 from attnlab.patterns import Full, Pattern
 from attnlab.patterns.training import DOCUMENTS, STATIC, Setting, area, document_lengths, flops, mask
 from attnlab.routing import Route
@@ -16,12 +17,29 @@ DYNAMIC = {"block_sparse": False, "variable_block_sparse": True}  # whether the 
 MASKS = (*STATIC, *DYNAMIC)
 
 
+@register(
+    Card(
+        name="longca",
+        title="Long-Context Attention Benchmark: From Kernel Efficiency to Distributed Context Parallelism",
+        paper="2510.17896",
+        family="benchmark",
+        kind=BENCHMARK,
+        cost="masks · operators · N²",
+    )
+)
 def cases(
     budget: str = "small", *, peers: bool = False, masks: Sequence[str] = (), operators: Sequence[str] = (),
     lengths: Sequence[int] = (), heads: int = 8, kv_heads: int | None = None, head_dim: int = 64,
     dtype: str = "float32", sparsity: float = 0.9, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """One case per mask and operator; documents are drawn anew for each length, by `seed`."""
+    """The cases of the benchmark: one per mask and operator, over lengths; documents are drawn for each, by `seed`.
+
+        rate = 4 · heads · head_dim · pairs that the mask shows / seconds        3.5 times the work with the backward
+
+    Fourteen static masks (`attnlab.patterns.training`) and two dynamic ones (`attnlab.routing.random_blocks`); run by
+    `attnlab bench longca`, which then spreads the static ones over processes with `--ranks` (`bench.scale`).
+    Source: arXiv 2510.17896 (NJUDeepEngine/LongCA-bench).
+    """
     unknown = [name for name in masks if name not in MASKS]
     if unknown:
         raise ValueError(f"masks: {', '.join(unknown)} unknown; there are {', '.join(MASKS)}")
