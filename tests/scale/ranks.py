@@ -43,13 +43,12 @@ def attention(world):
     q, w = random(2, 4, n, 8), random(2, 4, n, 8, seed=1)
     k, v = random(2, 2, 2, n, 8, seed=2)
     me = dist.get_rank()
-    for pattern in (None, Causal(), Window(9), Documents((20, 17)) & Causal()):
+    for pattern in (None, Documents((20, 17)) & Causal()):
         whole = [x.clone().requires_grad_() for x in (q, k, v)]
         out, lse = attend(*whole, pattern=pattern, return_lse=True, backend="reference")
         ((out * w).sum() + lse.sum()).backward()
-        for method, layout in itertools.product(
-            ("ring", "allgather", "ulysses"), (Layout.zigzag(n, world), Layout.contiguous(n, world))
-        ):
+        zigzag, blocks = Layout.zigzag(n, world), Layout.contiguous(n, world)
+        for method, layout in (("ring", zigzag), ("ring", blocks), ("allgather", zigzag), ("ulysses", zigzag)):
             mine = [layout.shard(x, me).clone().requires_grad_() for x in (q, k, v)]
             o, s = scale.attend(*mine, mesh=mesh, method=method, layout=layout, pattern=pattern, return_lse=True)
             ((o * layout.shard(w, me)).sum() + s.sum()).backward()
@@ -125,7 +124,7 @@ def models(world):
     for make, method in itertools.product(range(4), ("ring", "allgather", "ulysses")):
         torch.manual_seed(1)
         found = list(networks())
-        if make >= len(found) or (method != "ring" and make in (1, 2)):
+        if make >= len(found) or (method != "ring" and make > 0):
             continue
         model = found[make]
         alone = copy.deepcopy(model)
@@ -146,7 +145,7 @@ def training(world):
     """Two dimensions, data and context: DDP and FSDP2 train to the weights of one process."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "cp"))
     everyone = mesh["dp", "cp"]._flatten("all")
-    batches = torch.randint(50, (3, 4, 33), generator=torch.Generator().manual_seed(0))
+    batches = torch.randint(50, (2, 4, 33), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     start = Decoder(vocabulary=50, dim=32, depth=2, heads=4, mixer=["kda", "multihead"])
     alone = copy.deepcopy(start)

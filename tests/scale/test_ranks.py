@@ -33,7 +33,7 @@ def groups(tmp_path_factory):
         folders[world] = tmp_path_factory.mktemp(f"ranks{world}")
         command = [sys.executable, str(HERE / "ranks.py"), str(folders[world]), str(world), *names]
         running[world] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = {world: process.communicate(timeout=240)[0] for world, process in running.items()}
+    said = {world: process.communicate(timeout=900)[0] for world, process in running.items()}
     return folders, said
 
 

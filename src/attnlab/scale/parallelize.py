@@ -152,11 +152,16 @@ class ContextParallel(nn.Module):
 
     def average_gradients(self) -> None:
         """Average all gradients over the ranks: what DDP and FSDP do by themselves."""
+        grads = []
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.copy_(self.wire.all_reduce(parameter.grad) / self.wire.size)
+                grads.append(parameter.grad)
+        for bucket in _buckets(grads):
+            mean = self.wire.all_reduce(torch.cat([g.flatten() for g in bucket])) / self.wire.size
+            for grad, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True):
+                grad.copy_(part.view_as(grad))
 
     @torch.no_grad()
     def check(self) -> None:
@@ -202,6 +207,19 @@ def _window(module: Any) -> int | None:
     if kinds is not None and index is not None and kinds[index] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def _buckets(tensors: Iterable[Tensor], most: int = 2**24) -> list[list[Tensor]]:
+    """Tensors that go on a journey together: of one dtype, and of about so many numbers."""
+    found: list[list[Tensor]] = []
+    for x in tensors:
+        last = found[-1] if found else []
+        fits = last and last[0].dtype == x.dtype and sum(y.numel() for y in last) + x.numel() <= most
+        if fits:
+            last.append(x)
+        else:
+            found.append([x])
+    return found
 
 
 class _Total(torch.autograd.Function):
