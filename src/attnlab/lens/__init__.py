@@ -23,6 +23,7 @@ _HOME = {
     "ImageAttention": "attnlab.lens.edits.emphasise",
     "ImageGuidance": "attnlab.lens.edits.guidance",
     "RedistributeSinks": "attnlab.lens.edits.redistribute",
+    "NeighborhoodSteps": "attnlab.lens.edits.neighborhood",
     "ReinforceHeads": "attnlab.lens.edits.reinforce",
     "Segmenter": "attnlab.lens.segment",
     "VLSAM": "attnlab.lens.vl_sam",
