@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from attnlab.lens.circuits.patching import activation_patching, logit_difference, path_patching
+from attnlab.lens.circuits.traces import Tracer, Writer
 from attnlab.lens.edits.heads import Ablate, Patch
 from attnlab.lens.steer import steer
+from attnlab.lens.tap import join
 from attnlab.lens.toys import recall
 from attnlab.lens.watch import watch
 from attnlab.models.skeletons.decoder import Decoder
@@ -185,6 +187,21 @@ def test_without_the_final_norm_effects_add_up() -> None:
         together = difference(model(CLEAN)) - base
     hook.remove()
     torch.testing.assert_close(effects.sum(), together)
+
+
+def test_patching_everything_gives_the_other_run() -> None:
+    model = decoder()
+    everywhere, modules = slice(None), ["learned", *(f"blocks.{i}.mlp" for i in range(3))]
+    tracer = Tracer(everywhere, modules=modules)
+    leave = join(model, tracer)
+    wanted = model(CORRUPT)
+    leave()
+    heads = {at: (z, torch.ones(z.shape[:2], dtype=torch.bool)) for at, z in tracer.trace.heads.items()}
+    leave = join(model, Writer(everywhere, heads, tracer.trace.modules))
+    found = model(CLEAN)
+    leave()
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(model(CLEAN), wanted)
 
 
 def test_how_many_go_at_once_and_the_batches_change_nothing_but_what_they_say() -> None:

@@ -12,6 +12,7 @@ from attnlab.lens.circuits.prompts import (
     coloured_objects,
     encode,
     equally_long,
+    greater_than,
     indirect_objects,
     three_names,
 )
@@ -35,6 +36,13 @@ def test_three_names_have_no_answer() -> None:
     for prompt in three_names(50):
         words = prompt.replace(",", " ").split()
         assert sorted(words.count(n) for n in NAMES if n in words) == [1, 1, 1]
+
+
+def test_years_that_begin_at_one_leave_nothing_to_compare() -> None:
+    for pair in greater_than(50):
+        (year, first) = differing(pair.clean, pair.corrupt)[0]
+        assert first.endswith("01") and year[:2] == first[:2] == pair.clean[-2:]
+        assert int(pair.wrong[0]) < int(year[2:]) < int(pair.right) < 100
 
 
 def test_coloured_objects_ask_for_one_of_three_and_the_corrupt_one_for_none() -> None:

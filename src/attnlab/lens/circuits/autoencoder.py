@@ -8,7 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnlab.cards import LENS, Card, register
 
+
+@register(
+    Card(
+        name="head_codes",
+        title="Sparse Autoencoders Enable Scalable and Reliable Circuit Identification in Language Models",
+        paper="2405.12522",
+        system="sae_circuits",
+        family="circuits",
+        kind=LENS,
+        cost="2·F·C multiplications per head and prompt",
+    )
+)
 class SparseAutoencoder(nn.Module):
     """Writes what a head adds to the stream as a few of `features` directions: `(…, C)` → itself, `(…, features)`.
 
@@ -16,6 +29,9 @@ class SparseAutoencoder(nn.Module):
 
     The largest feature is the head's code: one whole number for a head and a prompt. The rows of Wd, not the features'
     columns, have unit length, as in the authors' code. 2 F·C + F + C parameters. Source: arXiv 2405.12522.
+
+    The way to a circuit: `head_contributions` of prompts that use it and of prompts that cannot, `fit_autoencoder` on
+    ten of them, `codes`, then `node_scores` or `edge_scores`.
     """
 
     def __init__(self, dim: int, features: int = 200, *, seed: int | None = None) -> None:

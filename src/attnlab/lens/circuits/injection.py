@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnlab.cards import LENS, Card, register
 from attnlab.lens.circuits.traces import Tracer, positions
 from attnlab.lens.event import Event
 from attnlab.lens.steer import Edit, steer
@@ -57,6 +58,17 @@ def task_embedding(model: nn.Module, prompts: Tensor | Sequence[Tensor], *, last
     return total / count
 
 
+@register(
+    Card(
+        name="soft_injection",
+        title="Soft Injection of Task Embeddings Outperforms Prompt-Based In-Context Learning",
+        paper="2507.20906",
+        system="soft_injection",
+        family="circuits",
+        kind=LENS,
+        cost="L·H numbers learned; nothing added to a pass",
+    )
+)
 class SoftInjection(nn.Module):
     """How much of a task's embedding each head takes: `layers · heads` numbers, and nothing else to learn.
 

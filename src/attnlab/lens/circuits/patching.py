@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from attnlab.cards import LENS, Card, register
 from attnlab.lens.circuits.traces import (
     Inputs,
     Part,
@@ -69,6 +70,17 @@ def activation_patching(
     return torch.stack(effects).mean(0)
 
 
+@register(
+    Card(
+        name="path_patching",
+        title="Circuit Component Reuse Across Tasks in Transformer Language Models",
+        paper="2310.08744",
+        system="circuit_reuse",
+        family="circuits",
+        kind=LENS,
+        cost="2·L·H + 2 passes",
+    )
+)
 def path_patching(
     model: nn.Module,
     clean: Inputs,
@@ -93,7 +105,8 @@ def path_patching(
 
         effect[l, h] = (D(patched) − D(clean)) / (D(corrupt) − D(clean))
 
-    With the last block as receiver it is the direct effect on the logits. Published maps show −100 · effect.
+    With the last block as receiver it is the direct effect on the logits. Published maps show −100 · effect. What goes
+    with it: `circuits.prompts` (the tasks), `circuits.overlap` (shared heads, and idle ones pointed).
     Cost: 2 L·H + 2 passes, `together` of them at once. Source: arXiv 2310.08744.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pairs of prompts that differ in one thing: indirect objects (IOI) and coloured objects, as text and as toy tokens."""
+"""Pairs of prompts that differ in one thing: indirect objects (IOI), coloured objects, years; as text and for toys."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ TEMPLATES = (
     "While {a} and {b} were working at the {place}, {s} gave a {gift} to",
     "Friends {a} and {b} found a {gift} at the {place}. {s} gave it to",
 )
+EVENTS = ("war", "siege", "voyage", "reign", "famine", "trial", "drought", "strike", "festival", "treaty")
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange")
 OBJECTS = (
     "pen", "cup", "plate", "book", "ball", "pencil", "bracelet", "necklace", "keychain", "puzzle", "jug", "notebook",
@@ -71,6 +72,20 @@ def three_names(count: int, *, templates: Sequence[str] = TEMPLATES, seed: int =
         a, b, s = rng.sample(NAMES, 3)
         prompts.append(rng.choice(templates).format(a=a, b=b, s=s, place=rng.choice(PLACES), gift=rng.choice(GIFTS)))
     return prompts
+
+
+def greater_than(count: int, *, seed: int = 0) -> list[Pair]:
+    """ "The war lasted from the year 1732 to the year 17": right is any later year of the century, here the next.
+
+    The corrupt prompt begins in the year 01, after which nothing is too early: what compares years has nothing to do.
+    """
+    rng = random.Random(_checked(count, seed))
+    pairs = []
+    for _ in range(count):
+        thing, century, year = rng.choice(EVENTS), rng.randrange(11, 18), rng.randrange(2, 98)
+        clean, corrupt = (f"The {thing} lasted from the year {century}{y:02} to the year {century}" for y in (year, 1))
+        pairs.append(Pair(clean, corrupt, f"{year + 1:02}", (f"{year - 1:02}",)))
+    return pairs
 
 
 def coloured_objects(count: int, *, items: int = 3, shots: int = 1, seed: int = 0) -> list[Pair]:
