@@ -133,6 +133,47 @@ def test_transformers_vision_models_keep_their_signature(transformers) -> None:
 
 
 @torch.no_grad()
+def test_a_layer_is_read_as_what_it_does(transformers, ids) -> None:
+    # Every fourth layer of this model leaves the rotations out.
+    sizes = {**DECODER, "num_hidden_layers": 4}
+    mixed = transformers.AutoModelForCausalLM.from_config(transformers.Cohere2Config(**sizes, sliding_window=64)).eval()
+    wanted = mixed(ids).logits
+    with swap(mixed, "multihead") as swapped:
+        torch.testing.assert_close(mixed(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+    assert ["positions" in taken.taken for taken in swapped.report] == [True, True, True, False]
+
+
+@torch.no_grad()
+def test_what_is_added_to_scores_is_not_lost_silently(transformers, vit) -> None:
+    config = transformers.BeitConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
+        use_relative_position_bias=True,
+    )  # fmt: skip
+    beit = transformers.AutoModel.from_config(config).eval()
+    for name, p in beit.named_parameters():
+        if "relative_position_bias" in name:
+            p.normal_()
+    with swap(beit, "gated"), pytest.raises(ValueError, match=r"adds other numbers|called with .*bias"):
+        beit(pixel_values=torch.randn(1, 3, 32, 32))
+    with swap(vit, "gated"), pytest.raises(ValueError, match="adds other numbers to the scores"):
+        vit.forward_features(torch.randn(1, 3, 64, 64), attn_mask=torch.randn(65, 65))
+
+
+def test_a_layer_that_does_more_than_its_weights_say_is_refused() -> None:
+    class Capped(nn.MultiheadAttention):
+        def forward(self, *arguments, **keywords):
+            y, weights = super().forward(*arguments, **keywords)
+            return y.tanh(), weights
+
+    model = nn.Sequential(Capped(16, 2))
+    model[0].out_proj.train()
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(ValueError, match="a Capped does more than softmax attention"):
+        swap(model, "gated")
+    assert modes == [m.training for m in model.modules()] and type(model[0]) is Capped
+
+
+@torch.no_grad()
 def test_torch_layers_keep_their_masks_and_leave_their_shortcut() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
     encoder = nn.TransformerEncoder(layer, 2).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,8 @@ def _transformers(module: nn.Module) -> Old | None:
     if getattr(module, "sinks", None) is not None:
         refuses = "it has learned sinks"
     turns = "position_embeddings" in inspect.signature(module.forward).parameters
+    if turns and not hasattr(sys.modules[type(module).__module__], Turned.function):
+        refuses = "it turns its queries and keys in a way of its own"
     return Old(
         q.in_features, heads, k.out_features // head_dim, head_dim, bool(getattr(module, "is_causal", False)),
         _joined(q, k, v), (out.weight, out.bias), "transformers",
@@ -154,17 +157,16 @@ class Turned:
     """The rotation that a model of transformers computes once for all layers, by that model's own function."""
 
     on_grid = False
+    function = "apply_rotary_pos_emb"
 
     def __init__(self, home: str) -> None:
         self.home = home
         self.angles: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        import sys
-
         if self.angles is None:
             raise ValueError("position_embeddings must be given: this model turns its queries and keys")
-        return sys.modules[self.home].apply_rotary_pos_emb(q, k, *self.angles)
+        return getattr(sys.modules[self.home], self.function)(q, k, *self.angles)
 
 
 def convert(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from attnlab import cards
 from attnlab.hub.convert import Old, Taken, convert, read
 from attnlab.hub.grids import Grids
 from attnlab.hub.stand_ins import STAND_INS
 from attnlab.hub.swapped import Swap
+from attnlab.lens.aside import aside
 from attnlab.lens.where import Layers
 from attnlab.nn.mechanism import Mechanism
+from attnlab.nn.multihead import MultiHead
 
 
 class MechanismSwap(Swap):
@@ -41,7 +45,7 @@ class MechanismSwap(Swap):
             if name not in chosen:
                 continue
             known = grids.known(name) if on_grid else {}
-            mixer, taken = convert(old, by, dict(options), name, known)
+            mixer, taken = convert(_understood(model, module, old, name), by, dict(options), name, known)
             new = _stand_in(mixer, module, old, name, grids if on_grid else None).train(module.training)
             parent, _, child = name.rpartition(".")
             self._pairs.append((model.get_submodule(parent), child, module, new))
@@ -65,6 +69,59 @@ class MechanismSwap(Swap):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.report))
+
+
+@torch.no_grad()
+def _understood(model: nn.Module, module: nn.Module, old: Old, name: str) -> Old:
+    """`old`, if softmax attention with its weights gives what the module gives; ValueError if the module does more.
+
+    Not all that a module does stands in its weights: a layer may leave out the rotations, or cap its scores.
+    """
+    if old.host == "ours" or old.refuses or old.wo[0].is_meta:
+        return old
+    arguments, keywords = _probe(module, old)
+    near = 1e-3 if old.wo[0].dtype in (torch.float32, torch.float64) else 0.05
+    training = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with aside(model):
+            wanted = _first(module(*arguments, **keywords))
+            for one in (old, replace(old, position=None)):
+                plain = _stand_in(convert(one, MultiHead, {}, name, {})[0], module, one, name, None).eval()
+                apart = _first(plain(*arguments, **keywords)) - wanted
+                if apart.norm() <= near * wanted.norm():
+                    return one
+    finally:
+        for part, mode in training:
+            part.training = mode
+    raise ValueError(
+        f"{name} cannot be replaced: a {type(module).__name__} does more than softmax attention with its weights"
+    )
+
+
+def _probe(module: nn.Module, old: Old) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A few tokens, as the module takes them."""
+    weight = old.wo[0]
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5, old.dim, generator=noise).to(weight)
+    if old.host == "torch":
+        return (x, x, x), {"need_weights": False}
+    if old.host == "timm":
+        return (x,), {}
+    keywords: dict[str, Any] = {"hidden_states": x}
+    if old.causal:
+        later = torch.ones(5, 5, dtype=torch.bool, device=x.device).triu(1)
+        hidden = torch.finfo(x.dtype).min
+        keywords["attention_mask"] = torch.zeros_like(later, dtype=x.dtype).masked_fill(later, hidden)[None, None]
+    if old.position is not None:
+        share = getattr(getattr(module, "config", None), "partial_rotary_factor", None) or 1.0
+        angles = torch.randn(1, 5, int(old.head_dim * share) // 2, generator=noise).repeat(1, 1, 2)
+        keywords["position_embeddings"] = (angles.cos().to(x), angles.sin().to(x))
+    return (), keywords
+
+
+def _first(y: Any) -> Tensor:
+    return (y[0] if isinstance(y, tuple) else y).float()
 
 
 def _stand_in(mixer: Mechanism, module: nn.Module, old: Old, name: str, grids: Grids | None) -> nn.Module:

@@ -65,6 +65,7 @@ class TimmStandIn(StandIn):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         _agree(self, is_causal)
+        _hides_only("attn_mask", attn_mask)
         host = tensor_host(attn_mask, is_causal or self.mixer.causal, len(x), x.shape[1], x.shape[1])
         return self.out_dropout(self.mix(x, host))
 
@@ -118,6 +119,13 @@ class TorchStandIn(StandIn):
         return (y if self.batch_first else y.transpose(0, 1)), None
 
 
+def _hides_only(name: str, mask: Tensor | None) -> None:
+    """Raise if a mask adds numbers to the scores that neither hide a key nor leave it."""
+    if mask is None or mask.dtype == torch.bool or bool(((mask == 0) | (mask <= -1e4)).all()):
+        return
+    raise ValueError(f"{name} must hide keys or leave them, got one that adds other numbers to the scores")
+
+
 def _torch_mask(mask: Tensor | None, padding: Tensor | None, batch: int) -> Tensor | None:
     """torch's masks, True where a key is hidden or numbers to add, as one bool mask, True where it is seen."""
     found: Tensor | None = None
@@ -129,10 +137,14 @@ def _torch_mask(mask: Tensor | None, padding: Tensor | None, batch: int) -> Tens
             seen = seen.view(*shape)
         elif seen.dim() == 3:
             seen = seen.unflatten(0, (batch, -1))
-        if given.dtype != torch.bool and not bool(((given == 0) | (given <= -1e4)).all()):
-            raise ValueError("attn_mask must hide keys or leave them, got one that adds other numbers to the scores")
+        _hides_only("attn_mask", given)
         found = seen if found is None else found & seen
     return found
+
+
+# Tensors that an attention of transformers may be given, and what becomes of them is known (the last two say again what
+# the rotations and the cache say).
+_UNDERSTOOD = ("hidden_states", "attention_mask", "position_ids", "cache_position")
 
 
 class TransformersStandIn(StandIn):
@@ -156,10 +168,14 @@ class TransformersStandIn(StandIn):
     def forward(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, None]:
         given = {**dict(zip(self.parameters_of_old, arguments, strict=False)), **keywords}
         x, mask, cache = (given.get(n) for n in ("hidden_states", "attention_mask", "past_key_values"))
+        cache = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder's two
         if not isinstance(x, Tensor):
             raise TypeError(f"hidden_states must be a tensor, got {type(x).__name__}")
+        strange = [n for n, value in given.items() if isinstance(value, Tensor) and n not in _UNDERSTOOD]
         if given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None:
             raise ValueError(f"{self.name} looks at another sequence: leave it out with layers=")
+        if strange:
+            raise ValueError(f"{self.name} is called with {', '.join(strange)}, which the mechanism there cannot take")
         turned = getattr(self.mixer, "position", None)
         if isinstance(turned, Turned):
             turned.angles = given.get("position_embeddings")
@@ -185,6 +201,7 @@ class TransformersStandIn(StandIn):
         if mask is None:
             nk = before + x.shape[1]
             return Host(x.shape[1], nk, before, 0, "causal" if self.mixer.causal else "full", [Rows(None, 0, nk, 0)])
+        _hides_only("attention_mask", mask)
         return tensor_host(mask, False, len(x), x.shape[1], mask.shape[-1])
 
     def _stream(self, x: Tensor, host: Host, cache: Any, before: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +31,11 @@ class Hooked(nn.Module):
 
     def __init__(
         self, *, vocabulary: int, length: int, dim: int, depth: int, heads: int, head_dim: int, hidden: int,
-        activation: str = "gelu", affine: bool = False, eps: float = 1e-5,
+        activation: str = "gelu", norm: Callable[[int], nn.Module] = nn.LayerNorm,
     ) -> None:  # fmt: skip
         super().__init__()
-
-        def norm(width: int) -> nn.LayerNorm:
-            return nn.LayerNorm(width, eps=eps, elementwise_affine=affine)
-
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
         self.embedding, self.learned = nn.Embedding(vocabulary, dim), Learned(length, dim)
         self.blocks = nn.ModuleList(
             DecoderBlock(
@@ -105,7 +105,7 @@ class PathPatching:
             head_dim=arguments["d_head"],
             hidden=arguments["d_mlp"],
             activation=str(arguments.get("act", "gelu")).split()[0],
-            affine="ln_final.w" in params,
+            norm=_norm(str(arguments.get("norm", "LN")), "ln_final.w" in params),
         )
         named = PathPatching.rename(params)
         named.setdefault("head.bias", torch.zeros(model.head.out_features))
@@ -142,8 +142,24 @@ class PathPatching:
 _NORM = {"w": "weight", "b": "bias"}
 
 
+def _norm(told: str, affine: bool) -> Callable[[int], nn.Module]:
+    """The norm that TransformerLens calls LN, LNPre (no weights), RMS, RMSPre or None; "eps 1e-5" may follow."""
+    found = re.search(r"eps\D*([\d.]+(?:e-?\d+)?)", told)
+    settings: dict[str, Any] = dict(eps=float(found[1]) if found else 1e-5, elementwise_affine=affine)
+    if told.lower().startswith("none"):
+        return lambda width: nn.Identity()
+    return partial(nn.RMSNorm if told.startswith("RMS") else nn.LayerNorm, **settings)
+
+
 def _block(points: list[list[Any]]) -> str:
-    """The block of ours whose output is the stream at the one point "blocks.2.hook_resid_post"."""
-    if len(points) != 1 or not points[0][0].endswith(".hook_resid_post"):
-        raise ValueError(f"receivers must be heads, or one 'blocks.N.hook_resid_post', got {points}")
-    return str(points[0][0]).removesuffix(".hook_resid_post")
+    """Our module whose output is what stands at one point of TransformerLens, "blocks.2.hook_resid_post"."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", str(points[0][0]))
+    if len(points) != 1 or found is None or found[2] not in _POINTS:
+        raise ValueError(f"receivers must be heads, or one 'blocks.N.hook_…' of {', '.join(_POINTS)}, got {points}")
+    layer = int(found[1])
+    if found[2] == "resid_pre":
+        return f"blocks.{layer - 1}" if layer else "learned"
+    return f"blocks.{layer}{_POINTS[found[2]]}"
+
+
+_POINTS = {"resid_pre": "", "resid_post": "", "attn_out": ".mixer", "mlp_out": ".mlp"}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnlab.hub.official import official
 from attnlab.hub.renaming import Rule, load, rename
 from attnlab.models.skeletons.pyramid import Block as OurBlock
+from attnlab.models.vision.horfpn import HorFPN
 from attnlab.models.vision.hornet import HorNet as Ours
 from attnlab.nn.spatial.gated_conv import GlobalLocalFilter as OurFilter
 from attnlab.nn.spatial.gated_conv import RecursiveGatedConv
@@ -151,3 +152,47 @@ class HorNet(_Module):
         )
         load(net, HorNet.rename(params))
         return net.eval()
+
+
+_NECK: tuple[Rule, ...] = (
+    (r"^lateral_convs\.(\d+)\.conv\.", r"lateral.\1."),
+    (r"^fpn_convs\.(\d+)\.0\.conv\.", r"down.\1."),
+    (r"^fpn_convs\.(\d+)\.1\.", r"mix_down.\1."),
+    (r"^fpn_convs\.(\d+)\.", r"mix.\1."),
+    *_CONV,
+)
+
+
+@official(_REPOSITORY, "GNFPN", ours=HorFPN)
+class GNFPN:
+    """The neck of their detectors, without norms and activations (as in all their settings): maps to maps."""
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = _renamed(params, _NECK)
+        levels = sum(bool(re.fullmatch(r"lateral\.\d+\.weight", n)) for n in found)
+        return {
+            re.sub(r"^(down|mix_down)\.(\d+)", lambda m: f"{m[1]}.{int(m[2]) - levels}", n): t for n, t in found.items()
+        }
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> HorFPN:
+        channels = arguments["in_channels"]
+        if arguments.get("norm_cfg") or arguments.get("act_cfg") or arguments.get("start_level", 0):
+            raise ValueError(f"norm_cfg, act_cfg and start_level must be unset, got {arguments}")
+        source = arguments.get("add_extra_convs", False)
+        neck = HorFPN(
+            channels,
+            arguments["out_channels"],
+            levels=arguments["num_outs"],
+            extra=("input" if source is True else source.removeprefix("on_")) if source else None,
+            kernel=params["fpn_convs.0.dwconv.weight"].shape[-1] if "fpn_convs.0.dwconv.weight" in params else 7,
+            relu=arguments.get("relu_before_extra_convs", False),
+            **_options(params, "fpn_convs.0."),
+        )
+        load(neck, GNFPN.rename(params))
+        return neck
+
+    @staticmethod
+    def run(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"y{i}": y for i, y in enumerate(module([inputs[n] for n in sorted(inputs)]))}

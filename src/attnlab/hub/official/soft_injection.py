@@ -21,14 +21,16 @@ class ReplaceActivation:
         layers = {
             int(found[1]): weight
             for name, weight in params.items()
-            if (found := re.search(r"layers\.(\d+)\..*weight$", name))
+            if (found := re.search(r"\.(\d+)\..*weight$", name))
         }
         return arguments["heads"], layers
 
     @staticmethod
     def run(module: tuple[int, dict[int, Tensor]], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         count, layers = module
-        embedding = inputs["task_embedding"].squeeze(-2)  # (B, layers, heads, D)
+        embedding = inputs["task_embedding"].squeeze(-2)  # (layers, heads, D), or one for each prompt
+        if embedding.dim() == 3:
+            embedding = embedding[None]
         found: dict[str, Tensor] = {}
         for layer, weight in layers.items():
             heads = split_heads(inputs[f"o_proj_input{layer}"], count)
