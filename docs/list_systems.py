@@ -15,6 +15,8 @@ TITLES = {
     cards.DENOISER: ("Denoisers", "noisy input, time and condition → the noise"),
     cards.OPERATOR: ("Modules with shapes of their own", "see `attnlab show NAME`"),
     cards.RECIPE: ("Recipes", "training methods, conversions and generation"),
+    cards.LENS: ("Looking inside and steering", "on any model whose attention can be seen; `attnlab.lens`"),
+    cards.BENCHMARK: ("Benchmarks", "`attnlab bench`"),
 }
 
 

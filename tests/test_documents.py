@@ -38,13 +38,23 @@ def test_the_guides_mechanism_passes_every_claim_of_its_card(monkeypatch: pytest
 
 
 def test_the_readmes_ten_lines_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    (block,) = code("README.md")
+    block, _ = code("README.md")
     monkeypatch.chdir(tmp_path)
     # The last line reads a released checkpoint, which users have and tests do not.
     exec(block.rsplit("\n", 2)[0].replace("16384", "512"), {})
     assert "tiles" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"dinat_tiny\.pth"):
         exec("import attnlab\n" + block.rstrip().rsplit("\n", 1)[1], {})
+
+
+def test_the_readmes_lines_on_models_that_are_there_run(timm) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=112, depth=4).eval()
+    _, block = code("README.md")
+    names = {"model": model, "images": torch.randn(1, 3, 112, 112)}
+    exec(block.replace("heads=[0, 5]", "heads=[0, 2]"), names)
+    assert len(names["record"].layers) == 4
+    assert not torch.equal(names["logits"], model(names["images"]))
+    names["local"].undo()
 
 
 def test_the_page_of_systems_is_what_the_cards_say() -> None:

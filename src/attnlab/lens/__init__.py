@@ -14,6 +14,11 @@ _HOME = {
     "steer": "attnlab.lens.steer",
     "Record": "attnlab.lens.record",
     "watch": "attnlab.lens.watch",
+    "Ablate": "attnlab.lens.edits.heads",
+    "LookAt": "attnlab.lens.edits.heads",
+    "MaskKeys": "attnlab.lens.edits.heads",
+    "Patch": "attnlab.lens.edits.heads",
+    "Scale": "attnlab.lens.edits.heads",
     "AGLA": "attnlab.lens.edits.agla",
     "Ablate": "attnlab.lens.edits.heads",
     "CARVE": "attnlab.lens.edits.carve",
@@ -48,7 +53,9 @@ _HOME = {
     "train_injection": "attnlab.lens.circuits.injection",
 }
 
-__all__ = [*_HOME]
+_ROOMS = ("measures", "edits", "circuits", "toys", "needles", "multimodal")
+
+__all__ = [*_HOME, *_ROOMS]
 
 
-lazily(__name__, _HOME)
+lazily(__name__, _HOME, _ROOMS)
