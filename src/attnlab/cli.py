@@ -1,4 +1,4 @@
-"""The command line, `attnlab list | show | compare | bench | report | explain | lens`, imported as far as needed."""
+"""The command line, `attnlab list | show | compare | bench | report | explain | lens | scale`, imported as far as needed."""
 
 from __future__ import annotations
 
@@ -245,6 +245,16 @@ def lens(
         model, given, out=out, layers=layers, heads=heads, prompt=prompt, tokens=tokens, labels=labels,
         weights=weights, importance=importance, metric=metric, mode=mode, ablate=ablate, seed=seed,
     )  # fmt: skip
+
+
+@app.command(
+    "scale", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def scale_(context: typer.Context) -> None:
+    """Trains over ranks: torchrun --nproc-per-node 4 -m attnlab scale --length 4096 (--help says more)."""
+    from attnlab.scale.__main__ import main as train
+
+    train(context.args)
 
 
 def parse_pattern(text: str) -> Pattern:

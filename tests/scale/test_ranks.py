@@ -50,7 +50,7 @@ def test_ranks_agree_with_one_process(groups, world: int, check: str) -> None:
 def test_the_demonstration_trains_and_goes_on(tmp_path: Path) -> None:
     def run(steps: int) -> list[float]:
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "attnlab.scale"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "attnlab", "scale"),
             *("--length", "128", "--dim", "32", "--depth", "2", "--mixer", "kda,multihead", "--fsdp"),
             *("--steps", str(steps), "--checkpoint", str(tmp_path), "--every", "2"),
         ]

@@ -1,4 +1,4 @@
-"""Train a small language model over ranks: `torchrun --nproc-per-node 4 -m attnlab.scale --length 4096`.
+"""Train a small language model over ranks: `torchrun --nproc-per-node 4 -m attnlab scale --length 4096`.
 
 gloo on CPUs, NCCL on GPUs. Prints the loss, what each rank sent, and how fast it went; resumes where it was stopped.
 """
@@ -18,7 +18,7 @@ from attnlab.models.skeletons.decoder import Decoder
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m attnlab.scale", description=__doc__)
+    parser = argparse.ArgumentParser(prog="torchrun -m attnlab scale", description=__doc__)
     parser.add_argument(
         "--mixer", default="multihead", help="mechanisms by name, one for each layer: kda,kda,multihead"
     )
@@ -42,7 +42,7 @@ def main(given: list[str] | None = None) -> float:
     """The last loss."""
     args = arguments(given)
     if "RANK" not in os.environ:
-        raise SystemExit("start it with torchrun: torchrun --nproc-per-node 4 -m attnlab.scale")
+        raise SystemExit("start it with torchrun: torchrun --nproc-per-node 4 -m attnlab scale")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

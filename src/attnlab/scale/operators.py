@@ -159,6 +159,7 @@ def _four(bias: Any, q: Tensor, keys: int) -> Any:
         name="lasp2",
         title="LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid",
         paper="2502.07563",
+        system="lasp2",
         family="linear",
         kind=OPERATOR,
         cost="N / ranks",
