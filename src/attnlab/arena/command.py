@@ -81,6 +81,30 @@ def scale(
     perform(measured, out)
 
 
+@app.command()
+def cab(
+    size: Annotated[str, typer.Option(help="tiny (a minute a trial), medium (for a GPU), paper (its data).")] = "tiny",
+    patterns: Annotated[list[str] | None, typer.Option(help="Of ns, cs, nc, cc: (non)causal self and cross.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Such as cab-lm-cs; those of the patterns if none.")] = None,
+    mechanisms: Annotated[list[str] | None, typer.Option(help="Names from attnlab list; 13 if not given.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trials per task and mechanism.")] = 1,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the benchmark's own data.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Also torch's, x-transformers', natten's, fla's.")] = False,
+    load: Annotated[list[Path] | None, typer.Option(help="A Python file that registers mechanisms.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Trials side by side.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Spread the trials over a Ray cluster, or 'local'.")] = None,
+    device: Device = "", out: Out = Path("runs"),
+) -> None:  # fmt: skip
+    """Trains mechanisms on four patterns of attention: indices, efficiency lengths, benefit (arXiv 2210.07661)."""
+    from attnlab.arena.bench.cab import plan
+
+    trials = plan(
+        size, patterns=split(patterns), tasks=split(tasks), mechanisms=split(mechanisms), seeds=seeds, data=data_dir,
+        device=device, peers=peers, load=load or (),
+    )  # fmt: skip
+    perform(trials, out, workers=workers, ray=ray)
+
+
 def planned(name: str, *, budget: str, device: str, **options: Any) -> Any:
     """The plan of a benchmark."""
     from attnlab.arena import study

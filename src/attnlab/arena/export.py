@@ -53,6 +53,7 @@ def as_json(summary: Summary) -> str:
             "trials": [trial for task in summary.rows.values() for row in task for trial in row.trials],
             "sweeps": summary.sweeps,
             "measurements": summary.measurements,
+            "tables": {name: [asdict(grid) for grid in grids] for name, grids in summary.grids.items()},
             "answers": {task: asdict(answer) for task, answer in summary.answers.items()},
         },
         indent=1,

@@ -21,10 +21,21 @@ LENGTHS = {
     "small": (256, 1024, 4096),
     "medium": (256, 1024, 4096, 16_384),
     "long": (256, 1024, 4096, 16_384, 65_536),
+    # CAB fits its curves of cost to powers of two up to 8,192, at width 512.
+    "cab-tiny": (256, 512, 1024, 2048, 4096),
+    "cab-medium": (256, 512, 1024, 2048, 4096, 8192),
+    "cab-paper": (256, 512, 1024, 2048, 4096, 8192),
 }
-WIDTH = {"small": 64, "medium": 128, "long": 64}
+WIDTH = {"small": 64, "medium": 128, "long": 64, "cab-tiny": 64, "cab-medium": 128, "cab-paper": 512}
 DECODE_AT = (64, 4096)
-_PATIENCE = {"small": 3.0, "medium": 20.0, "long": 6.0}  # seconds that one call may be expected to take
+_PATIENCE = {
+    "small": 3.0,
+    "medium": 20.0,
+    "long": 6.0,
+    "cab-tiny": 3.0,
+    "cab-medium": 20.0,
+    "cab-paper": 60.0,
+}  # seconds that one call may be expected to take
 _REPEAT_FOR = 0.15  # seconds over which a call is repeated, at least three times
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab import cards
-from attnlab.arena.task import CAUSAL, CAUSAL_CROSS, CROSS, GRID, Task
+from attnlab.arena.task import CAUSAL, CAUSAL_CROSS, CROSS, GRID, SELF, Task
 from attnlab.models.skeletons.plain import Encoder
 from attnlab.nn.multihead import MultiHead
 from attnlab.positions import Rotary
@@ -43,7 +43,7 @@ class Network(nn.Module):
         self.blocks = Encoder(
             dim=width,
             depth=task.budget.depth,
-            mixer=lambda layer: mixer(mechanism, width, task.layout, positions=task.positions),
+            mixer=lambda layer: mixer(mechanism, width, task.layout, positions=task.positions, context=task.context),
             mlp_ratio=(hidden + 0.5) / width,
             norm=nn.RMSNorm,
         )
@@ -51,7 +51,8 @@ class Network(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         tokens = self.stem(inputs)
-        return self.head(self.blocks(tokens, grid=self.task.grid(tokens.shape[1])))
+        tokens, *beside = tokens if isinstance(tokens, tuple) else (tokens,)
+        return self.head(self.blocks(tokens, grid=self.task.grid(tokens.shape[1])), *beside)
 
 
 class Nothing(nn.Module):
@@ -73,18 +74,22 @@ class OnMap(nn.Module):
 
 
 class Across(nn.Module):
-    """The second half of the tokens looks into the first, its context, which stays as it is: (B, 2·N, C) → the same."""
+    """The last tokens look into the first, their context, which stays as it is: (B, M + N, C) → the same.
 
-    def __init__(self, mechanism: nn.Module):
+    `context` is M; half of the tokens if None.
+    """
+
+    def __init__(self, mechanism: nn.Module, context: int | None = None):
         super().__init__()
-        self.mechanism = mechanism
+        self.mechanism, self.context = mechanism, context
 
     def forward(self, x: Tensor, *, grid: tuple[int, ...] | None = None) -> Tensor:
-        context, queries = x.chunk(2, 1)
+        first = x.shape[1] // 2 if self.context is None else self.context
+        context, queries = x[:, :first], x[:, first:]
         return torch.cat((torch.zeros_like(context), self.mechanism(queries, context)), 1)
 
 
-def mixer(mechanism: str, width: int, layout: str, *, positions: bool = False) -> nn.Module:
+def mixer(mechanism: str, width: int, layout: str, *, positions: bool = False, context: int | None = None) -> nn.Module:
     """The mechanism as its card samples it, causal or not as the layout asks; with rotary positions if it takes any."""
     if mechanism == NONE:
         return Nothing()
@@ -101,7 +106,7 @@ def mixer(mechanism: str, width: int, layout: str, *, positions: bool = False) -
         heads = options.get("heads", own["heads"].default)
         options["position"] = Rotary(options.get("head_dim") or width // heads)
     built = cards.build(mechanism, width, **options)
-    return Across(built) if layout in (CROSS, CAUSAL_CROSS) else built
+    return Across(built, context) if layout in (CROSS, CAUSAL_CROSS) else built
 
 
 def takes_positions(mechanism: str) -> bool:
@@ -129,7 +134,10 @@ def why_not(card: cards.Card, task: type[Task]) -> str:
         return ""
     if card.kind is cards.Kind.FEATURES:
         return "works on feature maps, and this is a sequence"
-    if not card.claims(cards.CAUSAL_SELF):
+    if task.layout == SELF:
+        if not card.claims(cards.NONCAUSAL_SELF):
+            return "only looks back, and here every token sees all others"
+    elif not card.claims(cards.CAUSAL_SELF):
         return "cannot keep from looking ahead (not causal)"
     if card.claims(cards.ANY_GRID) and not card.claims(cards.ANY_LENGTH):
         return "works on grids, and this is a sequence"
@@ -180,7 +188,9 @@ def refuses(mechanism: str, task: Task) -> str:
     length, width = task.budget.length, 4 * _STEP
     try:
         with torch.no_grad():
-            mixer(mechanism, width, task.layout)(torch.zeros(1, length, width), grid=task.grid(length))
+            mixer(mechanism, width, task.layout, context=task.context)(
+                torch.zeros(1, length, width), grid=task.grid(length)
+            )
     except ValueError as error:
         return str(error)
     except Exception:  # a mechanism that breaks is a result, and the trial will say so

@@ -97,7 +97,10 @@ class Summary:
     def grids(self) -> dict[str, list[Grid]]:
         """The tables of each benchmark that was run."""
         names = dict.fromkeys(record["benchmark"] for record in self.measurements)
-        return {n: find(n).grids([r for r in self.measurements if r["benchmark"] == n]) for n in names}
+        found = {n: find(n).grids([r for r in self.measurements if r["benchmark"] == n]) for n in names}
+        if self.rows and (of_trials := self.study.settings.get("benchmark")):  # one that reads trials, not cases
+            found[of_trials] = find(of_trials).tables(self)  # type: ignore[attr-defined]
+        return found
 
     @property
     def answers(self) -> dict[str, Answer]:

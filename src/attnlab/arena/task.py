@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 CAUSAL, GRID = "causal", "grid"  # a sequence read from left to right; a map of tokens that all see each other
-# The first half of the tokens is the context of the second: all of it, or for the i-th up to the i-th.
+SELF = "self"  # a sequence whose tokens all see each other
+# The first tokens (half of them, or `Task.context`) are the context of the others: all of it, or for the i-th up to
+# the i-th.
 CROSS, CAUSAL_CROSS = "cross", "causal-cross"
-LAYOUTS = (CAUSAL, GRID, CROSS, CAUSAL_CROSS)
+LAYOUTS = (CAUSAL, GRID, SELF, CROSS, CAUSAL_CROSS)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Task:
     reads: ClassVar[str] = ""  # what `--data` may point at: "text", "images" or nothing
     extra: ClassVar[str] = ""  # the extra that brings the data
     budgets: ClassVar[dict[str, Budget]]
+    context: int | None = None  # how many of the tokens are the context, in cross layouts; half if None
 
     def __init__(self, budget: str = "small", data: Path | str | None = None):
         if budget not in self.budgets:
@@ -85,11 +88,11 @@ class Task:
         raise NotImplementedError
 
     def stem(self, width: int) -> nn.Module:
-        """From inputs to tokens (B, N, width)."""
+        """From inputs to tokens (B, N, width), or to these and what goes past the blocks to the head beside them."""
         raise NotImplementedError
 
     def head(self, width: int) -> nn.Module:
-        """From tokens (B, N, width) to outputs."""
+        """From tokens (B, N, width), and what the stem gave beside them if it did, to outputs."""
         raise NotImplementedError
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -121,6 +124,7 @@ class Task:
 TaskType = TypeVar("TaskType", bound="type[Task]")
 _TASKS: dict[str, type[Task]] = {}
 _OURS = ("text", "textures", "photos", "series", "recall", "needle", "lookup")
+_CAB = tuple(f"cab.{name}" for name in ("summaries", "faces", "language", "forecasts"))
 
 
 def task(cls: TaskType) -> TaskType:
@@ -139,7 +143,7 @@ def task(cls: TaskType) -> TaskType:
 
 def tasks() -> dict[str, type[Task]]:
     """Every registered task by name, ours first."""
-    homes = [f"attnlab.arena.tasks.{module}" for module in _OURS]
+    homes = [f"attnlab.arena.tasks.{module}" for module in _OURS + _CAB]
     for home in homes:
         importlib.import_module(home)
     ours = {cls.name: cls for home in homes for cls in _TASKS.values() if cls.__module__ == home}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
 
-NAMES = ("ops", "longca", "scale")
+NAMES = ("ops", "longca", "scale", "cab")
 
 Progress = Callable[[float], None]
 
