@@ -41,6 +41,7 @@ SIZES = {
         name="hornet",
         title="HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions",
         paper="2207.14284",
+        system="hornet",
         family="spatial",
         kind=BACKBONE,
         capabilities=ANY_GRID,
