@@ -1,4 +1,4 @@
-"""The command line, `attnlab list | show | compare | bench | report | explain | lens | scale`, imported as far as needed."""
+"""The command line, `attnlab list | show | compare | bench | report | explain | lens | scale`, lazily imported."""
 
 from __future__ import annotations
 
