@@ -52,15 +52,16 @@ def lengths(
     return found
 
 
-def groups(rings: Wire, inner: Wire, found: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def groups(rings: Wire, found: dict[str, list[int]], layout: Layout | None) -> dict[str, list[int]]:
     """The lengths of all ranks, group after group, from those of each group."""
-    numbers = torch.tensor(list(found.values()))
-    key = ("groups", tuple(map(tuple, found.values())))
-    if key not in rings.agreed:
-        every = torch.stack(rings.all_gather(numbers if rings.device is None else numbers.to(rings.device), AGREEMENT))
-        whole = every.transpose(0, 1).flatten(1).tolist()
-        rings.agreed[key] = dict(zip(found, whole, strict=True))
-    return rings.agreed[key]
+    key = ("groups", tuple(map(tuple, found.values())), layout)
+    if layout is not None and key in rings.agreed:
+        return rings.agreed[key]
+    every = rings.all_gather(torch.tensor(list(found.values()), device=rings.device), AGREEMENT)
+    whole = dict(zip(found, torch.stack(every).transpose(0, 1).flatten(1).tolist(), strict=True))
+    if layout is not None:
+        rings.agreed[key] = whole
+    return whole
 
 
 def _dtype(code: int) -> str:

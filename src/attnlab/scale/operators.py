@@ -101,7 +101,7 @@ def attend(
     choices = ("attend", method, pattern, kv_layout, scale, kv_chunk, return_lse)
     found = agree.lengths(inner, {"q": q, "k": k, "v": v}, choices, layout)
     if method == "usp":  # what a group agrees about, the groups must too
-        found = agree.groups(ranks, inner, found)
+        found = agree.groups(ranks, found, layout)
     rows, held = found["q"], found["k"]
     asked = pattern or Full()
     if method == "heads":
@@ -112,8 +112,7 @@ def attend(
         )
         return out if lse is None else (out, lse)
     mine = agree.fitting(layout, rows, size)
-    same = kv_layout is None and (layout is None or rows == held)
-    keys = mine if same and rows == held else agree.fitting(kv_layout, held, size, "kv_layout")
+    keys = mine if kv_layout is None and rows == held else agree.fitting(kv_layout, held, size, "kv_layout")
     asked.check(mine.length, keys.length)
     if 0 not in q.shape and 0 not in k.shape:  # the rest of what attend checks
         pose(q, k.to(q.device), v.to(q.device), scale=scale)
