@@ -144,6 +144,7 @@ function refresh() {
   const aim = token === null ? panels[panels.length - 1] : target, largest = largestOf(values);
   for (const panel of panels) panel.show(panel === aim ? values : null, largest, panel === source ? token : null);
   $("weight-high").textContent = `${number(largest)} of ${token === null ? "a mean query" : "the query"}'s attention`;
+  $("weight-low").textContent = state.scale === "log" ? `${number(largest / 1000)} and less` : "0";
   paintRamp($("weight-bar"), aim.image ? HEAT : weightColours());
   readOut(values, aim.space, source.space);
   paintStrip();

@@ -88,7 +88,7 @@ function colourOverview() {
     cell.setAttribute("aria-label", cell.title);
   }
   const pictures = state.show !== "colour";
-  $("legend-low").textContent = pictures ? "0" : number(low);
+  $("legend-low").textContent = pictures ? (state.scale === "log" ? "a thousandth" : "0") : number(low);
   $("legend-high").textContent = pictures ? "each head's largest" : `${number(high)} ${measure ? measure.unit : ""}`;
   paintRamp($("legend-bar"), pictures ? weightColours() : MEASURE);
   const about = { matrix: "Queries down, keys across, pooled.", map: "How much attention each key receives, mean over queries." }[state.show];
