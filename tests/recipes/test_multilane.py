@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import attnlab
-from attnlab.recipes.multilane import MultiLane, average_precision, f1, forgetting, lane_block, summarise
+from attnlab.recipes.multilane import MultiLane, average_precision, f1, forgetting, lane_block, merged, summarise
 
 CLASSES = [[0, 1], [2, 3], [4]]
 
@@ -40,6 +40,75 @@ def test_a_block_equals_the_authors_order_of_steps() -> None:
     found_x, found = lane_block(block, x, lanes, prefix)
     torch.testing.assert_close(found, torch.stack(wanted, 1))
     torch.testing.assert_close(found_x, block(x))
+
+
+def alike_joined(x: torch.Tensor, most: int) -> torch.Tensor:
+    """One sequence (N, C): token merging by loops, as the ablation of the authors' code does it."""
+    while len(x) > most:
+        sources, targets = x[0::2], x[1::2]
+        found = []
+        for i in range(1, len(sources)):
+            likes = [F.cosine_similarity(sources[i], t, dim=0).item() for t in targets]
+            found.append((max(likes), i, likes.index(max(likes))))
+        gone = sorted(found, reverse=True)[: min(len(x) // 2, (len(x) - 1) // 2)]
+        stay = [s for i, s in enumerate(sources) if i not in {g[1] for g in gone}]
+        joined = [torch.stack([t, *(sources[i] for _, i, j in gone if j == n)]).mean(0) for n, t in enumerate(targets)]
+        x = torch.stack(stay + joined)
+    return x
+
+
+@pytest.mark.parametrize(("count", "most"), [(17, 4), (16, 5), (33, 20), (7, 9)])
+def test_alike_tokens_are_averaged_until_few_are_left_and_never_the_class_token(count, most) -> None:
+    x = torch.randn(2, count, 6, dtype=torch.float64)
+    found = merged(x, most)
+    torch.testing.assert_close(found, torch.stack([alike_joined(s, most) for s in x]))
+    assert torch.equal(found[:, 0], x[:, 0]) and found.shape[1] <= most
+
+
+def by_hand(block, rows: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+    """All rows of one lane's attention."""
+    q, k, v = block.mixer.project(rows)
+    own = prefix.transpose(1, 2).unsqueeze(1).expand(-1, len(rows), -1, -1, -1)
+    return block.mixer.merge((q @ torch.cat((own[0], k), 2).mT / 8**0.5).softmax(-1) @ torch.cat((own[1], v), 2))
+
+
+def test_without_replacing_lanes_summarise_once_and_then_attend_to_themselves() -> None:
+    net = model(replace=False).double()
+    block, prefix = net.backbone.encoder.blocks[0], net.prompts[0]
+    x, lanes = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    seen, u = block.norm1(x), block.norm1(lanes)
+    for first in (True, False):
+        rows = torch.cat((u[:, :, :1], summarise(u[:, :, 1:], seen)), 2) if first else u
+        out = torch.stack([by_hand(block, rows[:, t], prefix[:, t]) for t in range(3)], 1)
+        lane = lanes + out
+        found = lane_block(block, x, lanes, prefix, replace=False, first=first)[1]
+        torch.testing.assert_close(found, lane + block.mlp(block.norm2(lane)))
+    images = torch.randn(2, 3, 16, 16)
+    kept = MultiLane(net.backbone.float(), CLASSES, selectors=4, prompts=3, layers=2)
+    kept.load_state_dict(net.state_dict())
+    assert not torch.allclose(net.float().eval()(images), kept.eval()(images))
+
+
+def test_merging_makes_lanes_of_the_frozen_tokens_that_differ_by_their_prompts_alone() -> None:
+    net = model(merge=True, layers=1).double()
+    block, prefix = net.backbone.encoder.blocks[0], net.prompts[0]
+    x, lanes = torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 3, 1, 16, dtype=torch.float64)
+    rows = merged(block.norm1(x), 4)
+    lane = lanes + torch.stack([by_hand(block, rows, prefix[:, t])[:, :1] for t in range(3)], 1)
+    torch.testing.assert_close(
+        lane_block(block, x, lanes, prefix, merge=4)[1], lane + block.mlp(block.norm2(lane))
+    )  # fmt: skip
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    found = net.eval().lanes(images, slice(0, 3))[0]
+    assert not torch.allclose(found[:, 0], found[:, 1])
+    with torch.no_grad():
+        net.prompts[0][:, 1] = net.prompts[0][:, 0]
+    found = net.lanes(images, slice(0, 3))[0]
+    torch.testing.assert_close(found[:, 0], found[:, 1])
+    net.train()
+    net.next_task()
+    net.loss(net(images), torch.tensor([2, 3])).backward()
+    assert net.prompts[0].grad[:, 1].any() and not net.prompts[0].grad[:, 0].any()
 
 
 def test_all_lanes_together_are_each_alone() -> None:
@@ -157,6 +226,8 @@ def test_what_does_not_fit_is_named() -> None:
     for wrong, name in (({"classes": [[0], [0]]}, "classes"), ({"layers": 3}, "layers")):
         with pytest.raises(ValueError, match=name):
             MultiLane(vit, **{"classes": CLASSES, "layers": 1, **wrong})
+    with pytest.raises(ValueError, match="merge wants prompts"):
+        model(merge=True, replace=False)
     with pytest.raises(TypeError, match="backbone"):
         MultiLane(
             attnlab.build("vit", dim=16, depth=2, heads=2, image=16, patch=4, class_token=False), CLASSES, layers=1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,29 +24,70 @@ def summarise(selectors: Tensor, x: Tensor) -> Tensor:
     return attend(selectors, x[:, None], x[:, None])
 
 
-def lane_attention(mixer: MultiHead, x: Tensor, lanes: Tensor, prefix: Tensor | None = None) -> Tensor:
+def merged(x: Tensor, most: int) -> Tensor:
+    """x (B, N, C), a class token first, → (B, M, C), M ≤ `most`: alike tokens averaged until so few are left.
+
+    Token merging (arXiv 2210.09461), half of the tokens at a time: of every second token, the class token apart, the
+    most similar to one of the others joins the mean of those that join it. What stays comes first, in its order.
+    """
+    while (count := x.shape[1]) > max(most, 2):
+        gone = min(count // 2, (count - 1) // 2)
+        unit = F.normalize(x, dim=-1)
+        likeness = unit[:, ::2] @ unit[:, 1::2].mT
+        likeness[:, 0] = -torch.inf
+        best, into = likeness.max(-1)
+        order = best.argsort(-1, descending=True)
+        leave, stay = order[:, :gone], order[:, gone:].sort(-1).values
+
+        def take(t: Tensor, index: Tensor) -> Tensor:
+            return t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))
+
+        target = into.gather(1, leave)[..., None].expand(-1, -1, x.shape[-1])
+        joined = x[:, 1::2].scatter_reduce(1, target, take(x[:, ::2], leave), "mean")
+        x = torch.cat((take(x[:, ::2], stay), joined), 1)
+    return x
+
+
+def lane_attention(
+    mixer: MultiHead, x: Tensor, lanes: Tensor, prefix: Tensor | None = None, *, replace: bool = True,
+    first: bool = True, merge: int = 0,
+) -> Tensor:  # fmt: skip
     """One layer's attention in T lanes beside the stream x (B, N, C): (B, T, 1 + S, C) to the same, all normed before.
 
         keys = [prefix; class token; summaries of x by the selectors];  class token ← attention(class token, keys)
 
     The selectors go back as they came ("drop and replace"), so that only the class token's row is computed at all.
     `prefix` (2, T, K, H, D) are a task's own keys and values. No gradient reaches x.
+
+    Ablations: with replace=False the `first` layer summarises, and from then on the lanes attend to themselves and
+    keep all rows; with `merge`, x itself is merged to so few tokens, its class token asks, and (B, T, 1, C) results.
     """
     batch, tasks = lanes.shape[:2]
     x = x.detach()
-    seen = torch.cat((lanes[:, :, :1], summarise(lanes[:, :, 1:], x)), 2).flatten(0, 1)
-    q, k, v = mixer.project(seen[:, :1], seen)
+    if merge:
+        seen = merged(x, merge)[:, None].expand(-1, tasks, -1, -1)
+    elif replace or first:
+        seen = torch.cat((lanes[:, :, :1], summarise(lanes[:, :, 1:], x)), 2)
+    else:
+        seen = lanes
+    seen = seen.flatten(0, 1)
+    q, k, v = mixer.project(seen[:, :1] if replace or merge else seen, seen)
     if prefix is not None:
         own = prefix.transpose(2, 3).expand(batch, *(-1,) * 5).transpose(0, 1).flatten(1, 2)
         k, v = torch.cat((own[0], k), 2), torch.cat((own[1], v), 2)
     out = mixer.merge(attend(q, k, v)).unflatten(0, (batch, tasks))
-    return torch.cat((out, lanes[:, :, 1:]), 2)
+    return out if merge or not replace else torch.cat((out, lanes[:, :, 1:]), 2)
 
 
-def lane_block(block: TokenBlock, x: Tensor, lanes: Tensor, prefix: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A frozen block on its own stream (B, N, C), and with the same weights on the lanes (B, T, 1 + S, C)."""
-    seen = block.norm1(x)
-    lanes = block.after(lanes, lane_attention(cast(MultiHead, block.mixer), seen, block.norm1(lanes), prefix))
+def lane_block(
+    block: TokenBlock, x: Tensor, lanes: Tensor, prefix: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """A frozen block on its own stream (B, N, C), and with the same weights on the lanes (B, T, 1 + S, C).
+
+    `options` are those of `lane_attention`.
+    """
+    seen, mixer = block.norm1(x), cast(MultiHead, block.mixer)
+    lanes = block.after(lanes, lane_attention(mixer, seen, block.norm1(lanes), prefix, **options))
     with torch.no_grad():
         y = block.mixer(seen)
     return block.after(x, y), lanes
@@ -57,6 +98,7 @@ def lane_block(block: TokenBlock, x: Tensor, lanes: Tensor, prefix: Tensor | Non
         name="multilane",
         title="Less is more: Summarizing Patch Tokens for efficient Multi-Label Class-Incremental Learning",
         paper="",
+        system="multilane",
         family="prompting",
         kind=RECIPE,
         cost="N² + T S N",
@@ -78,8 +120,8 @@ class MultiLane(nn.Module):
 
     Per task S·C + layers·2·K·C parameters, and the head. Cost of a layer's lane: O(S N C + S C²), beside the frozen
     stream's 12NC² + 2N²C. Selectors take residual sums layer by layer, and so drift though they are "replaced".
-    Source: Less is more, CoLLAs 2024 (PMLR 274; no arXiv id known); tdemin16/multi-lane, whose ablation by token
-    merging is not here. There Adam, no weight decay: COCO rate 0.03·batch/256, 30 epochs per task of 10 classes.
+    Source: Less is more, CoLLAs 2024 (PMLR 274; no arXiv id known); tdemin16/multi-lane. There Adam, no weight
+    decay: COCO rate 0.03·batch/256, 30 epochs per task of 10 classes.
 
     Args:
         backbone: a `Plain` network with a class token and `MultiHead` mixers; becomes a part of this module, frozen.
@@ -87,6 +129,9 @@ class MultiLane(nn.Module):
         selectors, prompts: S and K; layers: how many, from the first, have prefix prompts.
         matched: evaluate each image in one lane, that of the task whose learned key is most like the frozen class
             token (the paper's ablation), in place of all.
+        replace: False keeps what attention makes of the summaries, in place of the selectors, from layer to layer.
+        merge: summaries are the frozen tokens themselves, merged by likeness to at most `selectors` and so the same in
+            all lanes, which then differ by their prompts alone. Both are ablations of the paper.
     """
 
     def __init__(
@@ -98,6 +143,8 @@ class MultiLane(nn.Module):
         prompts: int = 20,
         layers: int = 5,
         matched: bool = False,
+        replace: bool = True,
+        merge: bool = False,
     ) -> None:
         super().__init__()
         mixers = [cast(TokenBlock, block).mixer for block in backbone.encoder.blocks]
@@ -111,11 +158,15 @@ class MultiLane(nn.Module):
                 f"layers must be from 0 to {len(mixers)}, selectors and prompts at least 1, "
                 f"got {layers}, {selectors} and {prompts}"
             )
+        if merge and not (replace and layers):
+            raise ValueError("merge wants prompts in some layers and replace=True: there are no selectors to keep")
         self.backbone, self.task, self.matched = backbone, 0, matched
+        self.replace, self.most = replace, selectors if merge else 0
         freeze(backbone)
         dim, heads = backbone.channels[0], cast(MultiHead, mixers[0]).heads
         tasks = len(classes)
-        self.selectors = nn.Parameter(nn.init.orthogonal_(torch.empty(tasks, selectors, dim)))
+        rows = torch.empty(tasks, 0, dim) if merge else nn.init.orthogonal_(torch.empty(tasks, selectors, dim))
+        self.selectors = nn.Parameter(rows, requires_grad=not merge)
         self.prompts = nn.ParameterList(
             nn.init.orthogonal_(torch.empty(2, tasks, prompts, heads, dim // heads)) for _ in range(layers)
         )
@@ -148,7 +199,8 @@ class MultiLane(nn.Module):
         lanes = torch.cat((token, chosen), 1).expand(len(x), -1, -1, -1)
         for layer, block in enumerate(net.encoder.blocks):
             prefix = self.prompts[layer][:, tasks] if layer < len(self.prompts) else None
-            x, lanes = lane_block(cast(TokenBlock, block), x, lanes, prefix)
+            how = {"replace": self.replace, "first": layer == 0, "merge": self.most}
+            x, lanes = lane_block(cast(TokenBlock, block), x, lanes, prefix, **how)
         return F.normalize(net.encoder.norm(lanes[:, :, 0]), dim=-1), net.encoder.norm(x[:, 0])
 
     def forward(self, images: Tensor) -> Tensor:

@@ -18,18 +18,20 @@ _REPOSITORY = "tdemin16/multi-lane"
 
 
 class _WithPrompts(nn.Module):
-    """A frozen part and the prefix prompts of the lanes up to `last`."""
+    """A frozen part, the prefix prompts of the lanes up to the last one, and which ablation runs."""
 
-    def __init__(self, part: nn.Module, prompts: Tensor | None, last: int) -> None:
+    def __init__(self, part: nn.Module, prompts: Tensor | None, arguments: Mapping[str, Any]) -> None:
         super().__init__()
         self.part = part
-        self.prefix = None if prompts is None else prompts[:, : last + 1]
+        self.prefix = None if prompts is None else prompts[:, : arguments.get("t", 0) + 1]
+        self.how = {
+            "replace": not arguments.get("disable_dandr", False),
+            "first": arguments.get("id", 0) == 0,
+            "merge": arguments.get("tome", 0),
+        }
 
 
 def _mixer(arguments: Mapping[str, Any], params: Mapping[str, Tensor]) -> MultiHead:
-    for option in ("disable_dandr", "tome"):
-        if arguments.get(option):
-            raise ValueError(f"{option} is not here")
     prompts = next((t for name, t in params.items() if name.endswith("prompts")), None)
     # Without prompts, whose shape tells, and without a number: as in the case that the arguments name in words.
     default = prompts.shape[3] if prompts is not None else 2 if "as pret_attention" in arguments["text"] else 8
@@ -54,7 +56,7 @@ class PreTAttention:
         found, prompts = _split(params)
         mixer = _mixer(arguments, params)
         load(mixer, found)
-        return _WithPrompts(mixer, prompts, arguments.get("t", 0))
+        return _WithPrompts(mixer, prompts, arguments)
 
     @staticmethod
     def run(module: _WithPrompts, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -62,7 +64,7 @@ class PreTAttention:
         mixer: Any = module.part
         with torch.no_grad():
             y = mixer(x)
-        return {"x": y, "tokens": lane_attention(mixer, x, lanes, module.prefix).transpose(0, 1)}
+        return {"x": y, "tokens": lane_attention(mixer, x, lanes, module.prefix, **module.how).transpose(0, 1)}
 
 
 @official(_REPOSITORY, "Block")
@@ -76,10 +78,10 @@ class Block:
             raise ValueError(f"init_values must be None: no layer scale, got {arguments['init_values']}")
         block = TokenBlock(arguments["dim"], _mixer(arguments, params), mlp_ratio=arguments.get("mlp_ratio", 4.0))
         load(block, found)
-        return _WithPrompts(block, prompts, arguments.get("t", 0))
+        return _WithPrompts(block, prompts, arguments)
 
     @staticmethod
     def run(module: _WithPrompts, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         block: Any = module.part
-        x, lanes = lane_block(block, inputs["x"], inputs["tokens"].transpose(0, 1), module.prefix)
+        x, lanes = lane_block(block, inputs["x"], inputs["tokens"].transpose(0, 1), module.prefix, **module.how)
         return {"x": x, "tokens": lanes.transpose(0, 1)}
