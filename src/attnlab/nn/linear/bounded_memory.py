@@ -38,6 +38,11 @@ class Averages(NamedTuple):
     sums: Tensor  # (B, H, r), likewise
 
 
+def fading_by(exponents: Tensor) -> Tensor:
+    """e to the power of each, which are ≤ 0 where they matter: where it would underflow CPUs are 100 times slower."""
+    return exponents.clamp(-80, 0).exp()
+
+
 def running_averages(x: Tensor, logits: Tensor, before: Tensor, sums: Tensor) -> Averages:
     """Averages of `x` (B, H, N, D) with weights exp(`logits`) (B, H, N, r), going on from `before` and its `sums`.
 
@@ -50,12 +55,12 @@ def running_averages(x: Tensor, logits: Tensor, before: Tensor, sums: Tensor) ->
     totals = torch.cat((totals, after.unsqueeze(2).expand(-1, -1, missing, -1)), 2)
     start, totals = totals[:, :, :-1:_CHUNK].unsqueeze(3), totals[:, :, 1:].unflatten(2, (-1, _CHUNK))
     x, logits = x.unflatten(2, (-1, _CHUNK)), logits.unflatten(2, (-1, _CHUNK))
-    later = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=x.device).triu(1).unsqueeze(-1)
-    shares = (logits.unsqueeze(-3) - totals.unsqueeze(-2)).masked_fill(later, _NEVER).exp()
-    kept = (start - totals).exp()
+    earlier = torch.ones(_CHUNK, _CHUNK, dtype=x.dtype, device=x.device).tril().unsqueeze(-1)
+    shares = fading_by(logits.unsqueeze(-3) - totals.unsqueeze(-2)) * earlier
+    kept = fading_by(start - totals)
     # Between chunks only r averages go on, one after another.
-    fresh, fading, starts = shares[..., -1, :, :].mT @ x, kept[..., -1, :].unsqueeze(-1), [before]
-    for new, share in zip(fresh.unbind(2), fading.unbind(2), strict=True):
+    fresh, lasting, starts = shares[..., -1, :, :].mT @ x, kept[..., -1, :].unsqueeze(-1), [before]
+    for new, share in zip(fresh.unbind(2), lasting.unbind(2), strict=True):
         starts.append(starts[-1] * share + new)
     return Averages(x, shares, kept, torch.stack(starts[:-1], 2), starts[-1], after)
 
@@ -169,8 +174,8 @@ class BoundedMemory(MultiHead):
                 torch.cat((sums.unsqueeze(2), logits), 2).logcumsumexp(2)[:, :, 1:]
                 for sums, logits in ((key_sums, alpha), (value_sums, beta))
             )
-            weights = ((q * k).sum(-1, keepdim=True) * (alpha - a).exp()).softmax(-1)
-            heads = (weights * (beta - b).exp()).sum(-1, keepdim=True) * v
+            weights = ((q * k).sum(-1, keepdim=True) * fading_by(alpha - a)).softmax(-1)
+            heads = (weights * fading_by(beta - b)).sum(-1, keepdim=True) * v
             return heads, Memory(keys, values, a[:, :, -1], b[:, :, -1], before.owner)
         tokens = q.shape[2]
         mk, mv = running_averages(k, alpha, keys, key_sums), running_averages(v, beta, values, value_sums)
