@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from attnlab import attend, scale, scan
+from attnlab.arena.memory import peak
 from attnlab.models.skeletons.decoder import Decoder
 from attnlab.patterns import Causal, Documents, Window
 from attnlab.scale import Layout
@@ -244,6 +245,32 @@ def counts(world):
         assert traffic.sent == 4 * b * h * d * d * (world - 1)  # whatever n
         out.sum().backward()
         assert traffic.sent == 2 * 4 * b * h * d * d * (world - 1)
+
+
+def memory(world):
+    """The most that a rank takes at a time falls as one over the ranks: attention in a window, and a scan."""
+    n, group, me = 2**15, dist.group.WORLD, dist.get_rank()
+    given = torch.randn(3, 1, 4, n, 64, generator=torch.Generator().manual_seed(0))
+    layout = Layout.contiguous(n, world)
+    for alone, spread in (
+        (lambda q, k, v: scan(q, k, v)[0], lambda q, k, v: scale.scan(q, k, v, mesh=group, layout=layout)),
+        (
+            lambda q, k, v: attend(q, k, v, pattern=Window(64)),
+            lambda q, k, v: scale.attend(q, k, v, mesh=group, layout=layout, pattern=Window(64)),
+        ),
+    ):
+
+        def taken(call, parts):
+            parts = [x.clone().requires_grad_() for x in parts]
+            return peak(lambda: call(*parts).sum().backward(), "cpu")
+
+        small = [x[:, :, :1024] for x in given]
+        taken(alone, small), taken(spread, [layout.shard(x, me) for x in given])  # what is made once
+        mine = taken(spread, [layout.shard(x, me) for x in given])
+        whole = taken(alone, given) if me == 0 else None
+        if whole and mine:
+            assert mine < 1.5 * whole / world, f"{mine / whole:.2f} of {whole / 2**20:.0f} MiB"
+        dist.barrier()
 
 
 def refusals(world):

@@ -189,8 +189,16 @@ def lasp2(
     places = [(a, (rank, i)) for rank, held in enumerate(layout.pieces) for i, (a, b) in enumerate(held) if b > a]
     order = tuple(place for _, place in sorted(places))
     before, last = _Before.apply(through, written, state, wire, order, last_too)
-    outs = [p.out + (p.readers @ s).to(p.out.dtype) for p, s in zip(pieces, before, strict=False)]
-    return torch.cat(outs, 2), last if last_too else last.detach()
+    outs = [_read(p, s) for p, s in zip(pieces, before, strict=False)]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2), last if last_too else last.detach()
+
+
+def _read(piece: Piece, state: Tensor) -> Tensor:
+    """The outputs of a piece that begins with `state`."""
+    if piece.out.dtype != piece.readers.dtype:
+        return piece.out + (piece.readers @ state).to(piece.out.dtype)
+    flat = (x.flatten(0, 1) for x in (piece.out, piece.readers, state))
+    return torch.baddbmm(*flat).view_as(piece.out)
 
 
 def sums(q: Tensor, k: Tensor, v: Tensor, wire: Wire) -> Tensor:
