@@ -124,7 +124,7 @@ class Task:
 TaskType = TypeVar("TaskType", bound="type[Task]")
 _TASKS: dict[str, type[Task]] = {}
 _OURS = ("text", "textures", "photos", "series", "recall", "needle", "lookup")
-_CAB = tuple(f"cab.{name}" for name in ("summaries", "faces", "language", "forecasts"))
+_CAB = tuple(f"cab.{name}" for name in ("speech", "summaries", "faces", "language", "clouds", "forecasts"))
 
 
 def task(cls: TaskType) -> TaskType:
