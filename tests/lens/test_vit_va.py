@@ -263,6 +263,18 @@ def test_the_autoencoder_gives_maps_of_its_size_and_stays_below_a_million_parame
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
 
 
+def test_an_autoencoder_of_dark_maps_does_not_die():
+    """Sharp maps are nearly all zero; what it learns must be better than the mean map, and codes must differ."""
+    maps = torch.stack([m for *_, m in planted((6, 6), 6, noise=0.0)]).mul(30).add(torch.randn(1, 36, 36)).softmax(-1)
+    model, losses = patterns.fit(maps, batch=4, epochs=25)
+    inputs = patterns.scaled(maps)
+    assert losses[-1] < 0.9 * (inputs - inputs.mean(0)).square().mean()
+    with torch.no_grad():
+        codes = model.encode(inputs)
+    spread = torch.linalg.svdvals(codes - codes.mean(0))
+    assert spread[1] > 0.1 * spread[0]
+
+
 def planted(grid, copies, noise):
     generator = torch.Generator().manual_seed(0)
     n = math.prod(grid)
@@ -280,7 +292,7 @@ def test_codes_of_planted_patterns_fall_into_one_cluster_each():
     maps, truth = torch.stack(maps), torch.tensor(which)
     found = patterns.find(maps, (4, 4), clusters=len(set(which)))
     assert purity(found.clusters, truth) > 0.9
-    assert found.losses[-1] < 0.6 * found.losses[0]
+    assert found.losses[-1] < 0.8 * found.losses[0]
     assert sum(a == b for a, b in zip(found.labels, names, strict=True)) > 0.9 * len(names)
     assert found.counts()["self"] == names.count("self")
     again = patterns.find(maps, (4, 4), clusters=len(set(which)))

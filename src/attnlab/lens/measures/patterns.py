@@ -104,6 +104,16 @@ class Autoencoder(nn.Module):
     def encode(self, maps: Tensor) -> Tensor:
         return self.encoder(maps[:, None])
 
+    @torch.no_grad()
+    def start_from(self, brightness: float) -> None:
+        """Let the last bias say how bright maps are in the mean.
+
+        Maps are mostly dark: from a bias of zero, the first steps push the decoder down so far that no ReLU of it is
+        ever on again, and all maps get the same code.
+        """
+        biases = [p for name, p in self.decoder.named_parameters() if name.endswith("bias")]
+        biases[-1].fill_(math.log(brightness / (1 - brightness)))
+
     def forward(self, maps: Tensor) -> Tensor:
         drawn = self.decoder(self.encode(maps))[:, 0]
         start = (drawn.shape[-1] - self.n) // 2
@@ -133,6 +143,7 @@ def fit(
     order = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.Adam(model.parameters(), lr=rate)
     inputs, losses = scaled(maps.detach()), []
+    model.start_from(min(max(float(inputs.mean()), 1e-4), 1 - 1e-4))
     for _ in range(epochs):
         total = 0.0
         for part in torch.randperm(len(inputs), generator=order).split(batch):
