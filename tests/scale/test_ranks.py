@@ -11,11 +11,13 @@ CHECKS = {
     2: ("attention", "models", "counts"),
     4: (
         "attention",
+        "groups",
         "scans",
         "models",
         "training",
         "checkpoints",
         "counts",
+        "memory",
         "refusals",
         "dies",
         "hangs",

@@ -145,17 +145,26 @@ class _Ring(torch.autograd.Function):
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, job: Job) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=wide)
-    lse = q.new_full(q.shape[:-1], -math.inf, dtype=wide)
+    found: tuple[Tensor, Tensor] | None = None
     for sender, pair in _arrivals(k, v, job):
         for block in job.blocks(sender) if pair else ():
-            keys, values = (x[:, :, block.k].to(q.device) for x in pair)
             part, part_lse = attend(
-                q[:, :, block.q].contiguous(), keys, values, pattern=block.pattern, bias=job.bias_of(block),
-                scale=job.scale, return_lse=True,
+                q[:, :, block.q].contiguous(), *(x[:, :, block.k].to(q.device) for x in pair), pattern=block.pattern,
+                bias=job.bias_of(block), scale=job.scale, return_lse=True,
             )  # fmt: skip
-            _merge(out[:, :, block.q], lse[:, :, block.q], part, part_lse)
+            if found is None and part.shape[2] == q.shape[2]:  # the first part of all queries is what there is
+                found = part.to(wide), part_lse.to(wide)
+                continue
+            found = found or _nothing(q, v, wide)
+            _merge(found[0][:, :, block.q], found[1][:, :, block.q], part, part_lse)
+    out, lse = found or _nothing(q, v, wide)
     return out.to(q.dtype), lse
+
+
+def _nothing(q: Tensor, v: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The output and lse of queries that have seen no key."""
+    lse = q.new_full(q.shape[:-1], -math.inf, dtype=wide)
+    return q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=wide), lse
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -172,11 +181,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     wire, wide = job.wire, lse.dtype
     r, size, widths = wire.rank, wire.size, [k.shape[3], v.shape[3]]
-    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+    dq, own = None, None
     d_table: Tensor | None = None
-    homecoming: Callable[[], None] = lambda: None  # noqa: E731
+    homecoming: list[Callable[[Tensor, Tensor], None]] = []
     for step, (sender, pair) in enumerate(_arrivals(k, v, job)):
-        d_pair = [torch.zeros_like(x, dtype=wide) for x in pair]
+        d_pair: tuple[Tensor, ...] = ()
         for block in job.blocks(sender) if pair else ():
             rows = slice(None), slice(None), block.q
             more_lse = None if grad_lse is None else grad_lse[rows].contiguous()
@@ -184,30 +193,48 @@ def _backward(
             given = Rows(*mine, more_lse)  # type: ignore[call-arg]
             keys, values = (x[:, :, block.k].to(q.device) for x in pair)
             found = block_gradients(given, keys, values, block.pattern, job.bias_of(block), job.scale, table)
-            dq[rows] += found[0]
-            for d, part in zip(d_pair, found[1:3], strict=True):
-                d[:, :, block.k] += part.to(d.device)
+            dq = _sum(dq, found[0], block.q, q, wide)
+            before: tuple[Tensor | None, ...] = d_pair or (None, None)
+            pieces = zip(before, (found[1], found[2]), pair, strict=True)
+            d_pair = tuple(_sum(d, new, block.k, like, wide) for d, new, like in pieces)
             if found[3] is not None:
                 d_table = job.add_bias(d_table, found[3], block)
-        homecoming()
+        if pair and not d_pair:
+            d_pair = tuple(torch.zeros_like(x, dtype=wide) for x in pair)
         if sender == r:
-            if pair:
-                _add(dk, dv, job.keys.pieces[r], job.wanted(r, r), *d_pair)
+            whole = bool(pair) and pair[0].shape[2] == k.shape[2]
+            own = d_pair if whole else tuple(torch.zeros_like(x, dtype=wide) for x in (k, v))
+            if pair and not whole:
+                _add(own[0], own[1], job.keys.pieces[r], job.wanted(r, r), *d_pair)
             continue
+        while homecoming:
+            homecoming.pop()(*own)  # type: ignore[misc]
         # What was found here about the sender's keys goes home, and what another rank found about mine comes.
         asker = (r - step) % size
         ranges = job.wanted(asker, r)
         room = k.new_empty(*k.shape[:2], sum(b - a for a, b in ranges), sum(widths))
         sends = [(sender, torch.cat(d_pair, -1).to(k.dtype))] if pair else []
         wait = wire.exchange(sends, [(asker, room)] if room.shape[2] else [])
-        homecoming = partial(_arrive, wait, room, widths, dk, dv, job.keys.pieces[r], ranges)
-    homecoming()
+        homecoming.append(partial(_arrive, wait, room, widths, job.keys.pieces[r], ranges))
+    while homecoming:
+        homecoming.pop()(*own)  # type: ignore[misc]
+    dq = torch.zeros_like(q) if dq is None else dq
+    dk, dv = own  # type: ignore[misc]
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_table
 
 
+def _sum(total: Tensor | None, part: Tensor, rows: slice, like: Tensor, wide: torch.dtype) -> Tensor:
+    """`total` with what was found for some rows; the first part of all rows is the total."""
+    if total is None and part.shape[2] == like.shape[2]:
+        return part.to(like.device, wide)
+    total = torch.zeros_like(like, dtype=wide) if total is None else total
+    total[:, :, rows] += part.to(total.device)
+    return total
+
+
 def _arrive(
-    wait: Callable[[], None], room: Tensor, widths: list[int], dk: Tensor, dv: Tensor, held: tuple[Range, ...],
-    ranges: tuple[Range, ...],
+    wait: Callable[[], None], room: Tensor, widths: list[int], held: tuple[Range, ...], ranges: tuple[Range, ...],
+    dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     wait()
     if room.shape[2]:
