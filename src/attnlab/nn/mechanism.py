@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnlab.nn.cache import Owner
 from attnlab.patterns import Causal, Pattern
+from attnlab.positions import Position
 
 
 class Mechanism(nn.Module):
@@ -104,6 +105,12 @@ def check_heads(dim: int, heads: int, kv_heads: int | None = None, head_dim: int
             raise ValueError(f"heads must divide dim = {dim}, got {heads} (or give head_dim)")
         head_dim = dim // heads
     return kv_heads, head_dim
+
+
+def check_turns(position: object) -> None:
+    """Raise if `position` adds a bias to scores: there are none."""
+    if isinstance(position, Position) and type(position).bias is not Position.bias:
+        raise ValueError(f"position must turn q and k: there are no scores to bias, got {type(position).__name__}")
 
 
 def check_keep(keep: Tensor, k: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import Owner
-from attnlab.nn.mechanism import check_keep
+from attnlab.nn.mechanism import check_keep, check_turns
 from attnlab.nn.multihead import MultiHead
 
 _CHUNK = 16  # tokens whose pairs are looked at for each slot: as many numbers as a state of 16 channels for each
@@ -25,6 +25,7 @@ class Memory(NamedTuple):
     key_sums: Tensor
     value_sums: Tensor
     owner: Owner = ()
+    length: int = 0
 
 
 class Averages(NamedTuple):
@@ -94,7 +95,7 @@ class BoundedMemory(MultiHead):
     keys and values as in CAB's library (Shark-NLP/CAB).
 
     Args:
-        slots: r.
+        slots: r. position: turns q and k, before the averages.
         variant: "paper", or "release": that library's causal form, which forgets the first term of the recurrence, so
             that token n sees nothing but its own key and value, shrunk by e^{α_n − A_n}. Both are the same otherwise.
     """
@@ -108,8 +109,10 @@ class BoundedMemory(MultiHead):
         variant: Literal["paper", "release"] = "paper",
         bias: bool = True,
         causal: bool = False,
+        position: Any = None,
     ) -> None:
-        super().__init__(dim, heads=heads, bias=bias, causal=causal)
+        check_turns(position)
+        super().__init__(dim, heads=heads, bias=bias, causal=causal, position=position)
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}")
         if variant not in ("paper", "release"):
@@ -147,7 +150,8 @@ class BoundedMemory(MultiHead):
             if not self.causal:
                 raise ValueError("streaming needs causal=True")
             self.check_state(state, Memory, len(x))
-        q, k, v = self.project(x, context)
+        offset = 0 if state is None else state.length
+        q, k, v = self.project(x, context, offset, grid=grid if self.on_grid else None)
         q, alpha, beta = q * self.head_dim**-0.5, k @ self.ck, v @ self.cv
         if keep is not None:
             real = check_keep(keep, k)
@@ -176,7 +180,7 @@ class BoundedMemory(MultiHead):
             )
             weights = ((q * k).sum(-1, keepdim=True) * fading_by(alpha - a)).softmax(-1)
             heads = (weights * fading_by(beta - b)).sum(-1, keepdim=True) * v
-            return heads, Memory(keys, values, a[:, :, -1], b[:, :, -1], before.owner)
+            return heads, Memory(keys, values, a[:, :, -1], b[:, :, -1], before.owner, before.length + q.shape[2])
         tokens = q.shape[2]
         mk, mv = running_averages(k, alpha, keys, key_sums), running_averages(v, beta, values, value_sums)
         q = pad(q, (0, 0, 0, -tokens % _CHUNK)).unflatten(2, (-1, _CHUNK))
@@ -185,5 +189,5 @@ class BoundedMemory(MultiHead):
         weights = scores.softmax(-1)
         near = (mv.shares @ weights.unsqueeze(-1)).squeeze(-1)  # (…, n, j)
         heads = near @ mv.tokens + (weights * mv.kept) @ mv.starts
-        after = Memory(mk.last, mv.last, mk.sums, mv.sums, before.owner)
+        after = Memory(mk.last, mv.last, mk.sums, mv.sums, before.owner, before.length + tokens)
         return heads.flatten(2, 3)[:, :, :tokens], after

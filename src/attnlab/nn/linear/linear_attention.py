@@ -104,8 +104,9 @@ class LinearAttention(MultiHead):
             if not self.causal:
                 raise ValueError("streaming needs causal=True")
             self.check_state(state, Sums, len(x))
-        q, k, v = self.project(x, context)
-        q, k = self.mapped(q, k, 0 if state is None else state.length)
+        offset = 0 if state is None else state.length
+        q, k, v = self.project(x, context, offset, grid=grid if self.on_grid else None)
+        q, k = self.mapped(q, k, offset)
         v = pad(v, (0, 1), value=1.0)  # one more channel, which sums the weights
         if keep is not None:
             k = k * check_keep(keep, k)

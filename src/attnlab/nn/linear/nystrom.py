@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_LENGTH, EXACT, NONCAUSAL_SELF, TOKENS, Card, register
-from attnlab.nn.mechanism import check_keep
+from attnlab.nn.mechanism import check_keep, check_turns
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Explicit
 
@@ -73,7 +73,7 @@ class NystromAttention(MultiHead):
     memory. Source: arXiv 2102.03902 (mlpen/Nystromformer).
 
     Args:
-        landmarks: m.
+        landmarks: m. position: turns q and k, before the means.
         conv: taps (odd) of a convolution of the values along the tokens, one kernel per head; 0 for none.
         iterations: of the pseudo-inverse.
         variant: "paper", or "release", that of CAB's library (Shark-NLP/CAB): q and k are each divided by √D, so that
@@ -91,6 +91,7 @@ class NystromAttention(MultiHead):
         variant: Literal["paper", "release"] = "paper",
         bias: bool = True,
         causal: bool = False,
+        position: Any = None,
     ) -> None:
         if causal:
             raise ValueError("causal must be False: landmarks are made of all tokens")
@@ -100,7 +101,8 @@ class NystromAttention(MultiHead):
             raise ValueError(f"conv must be odd, or 0 for none, got {conv}")
         if variant not in ("paper", "release"):
             raise ValueError(f"variant must be 'paper' or 'release', got {variant!r}")
-        super().__init__(dim, heads=heads, bias=bias)
+        check_turns(position)
+        super().__init__(dim, heads=heads, bias=bias, position=position)
         self.landmarks, self.iterations, self.variant = landmarks, iterations, variant
         self.conv = (
             nn.Conv2d(heads, heads, (conv, 1), padding=(conv // 2, 0), groups=heads, bias=False) if conv else None
@@ -119,7 +121,7 @@ class NystromAttention(MultiHead):
         """As every mechanism; `keep` (B, N) is False where a token is padding: it counts as zeros, and as no key."""
         self.check(x)
         self.refuse(context=context, pattern=pattern, state=state)
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, grid=grid if self.on_grid else None)
         real = None if keep is None else check_keep(keep, k)
         if real is not None:
             k, v = k * real, v * real

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
 from attnlab.nn.linear.linear_attention import LinearAttention
+from attnlab.nn.mechanism import check_turns
 
 
 def orthogonal_directions(heads: int, features: int, width: int, *, generator: torch.Generator | None) -> Tensor:
@@ -50,6 +51,7 @@ class Performer(LinearAttention):
     divided by its largest feature, which changes nothing but ε. Source: arXiv 2009.14794.
 
     Args:
+        position: turns q and k before the features.
         random_features: m. eps: ε, 1e-4 in CAB's library.
         variant: "paper", or "release", CAB's library (Shark-NLP/CAB): keys are divided by the largest feature of them
             all, and the divisor is at least 0.1, which shrinks outputs wherever the features are small; in training
@@ -72,7 +74,9 @@ class Performer(LinearAttention):
         bias: bool = True,
         out_bias: bool | None = None,
         causal: bool = False,
+        position: Any = None,
     ) -> None:
+        check_turns(position)
         super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, out_bias=out_bias, causal=causal)
         if variant not in ("paper", "release"):
             raise ValueError(f"variant must be 'paper' or 'release', got {variant!r}")
@@ -80,6 +84,7 @@ class Performer(LinearAttention):
             raise ValueError("causal must be False with variant='release': it leaks the future")
         if random_features < 1:
             raise ValueError(f"random_features must be at least 1, got {random_features}")
+        self.position = position
         self.random_features, self.eps, self.variant = random_features, eps, variant
         self.register_buffer("projection", torch.empty(heads, random_features, self.head_dim))
         self.redraw(torch.Generator().manual_seed(seed))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnlab.cards import ANY_LENGTH, NONCAUSAL_SELF, TOKENS, Card, register
 from attnlab.nn.linear.nystrom import segment_means
-from attnlab.nn.mechanism import check_keep
+from attnlab.nn.mechanism import check_keep, check_turns
 from attnlab.nn.multihead import MultiHead
 
 
@@ -38,17 +38,25 @@ class RandomizedAttention(MultiHead):
     (HKUNLP/efficient-attention; Shark-NLP/CAB).
 
     Args:
-        landmarks: c.
+        landmarks: c. position: turns q and k, before the means.
     """
 
     def __init__(
-        self, dim: int, *, heads: int = 8, landmarks: int = 16, bias: bool = True, causal: bool = False
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        landmarks: int = 16,
+        bias: bool = True,
+        causal: bool = False,
+        position: Any = None,
     ) -> None:
         if causal:
             raise ValueError("causal must be False: landmarks are made of all tokens")
         if landmarks < 1:
             raise ValueError(f"landmarks must be at least 1, got {landmarks}")
-        super().__init__(dim, heads=heads, bias=bias)
+        check_turns(position)
+        super().__init__(dim, heads=heads, bias=bias, position=position)
         self.landmarks = landmarks
 
     def forward(
@@ -64,7 +72,7 @@ class RandomizedAttention(MultiHead):
         """As every mechanism; `keep` (B, N) is False where a token is padding: no query sees it as a key."""
         self.check(x)
         self.refuse(context=context, pattern=pattern, state=state)
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, grid=grid if self.on_grid else None)
         if keep is not None:  # padding is in no landmark either, other than as zeros
             q, k = q * check_keep(keep, q), k * check_keep(keep, k)
         scale, segments = self.head_dim**-0.5, min(self.landmarks, x.shape[1])

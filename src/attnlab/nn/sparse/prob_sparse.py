@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_LENGTH, EXACT, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.nn.mechanism import check_turns
 from attnlab.nn.multihead import MultiHead
 
 _ELEMENTS = 2**22  # numbers of sampled keys that are gathered at a time
@@ -40,18 +41,27 @@ class ProbSparseAttention(MultiHead):
     With u ≥ N it is softmax attention. Source: arXiv 2012.07436 (zhouhaoyi/Informer2020; Shark-NLP/CAB).
 
     Args:
-        factor: of u and U.
+        factor: of u and U. position: turns q and k.
         seed: of the sample in evaluation, which a length always has; while training every call draws another.
     """
 
     def __init__(
-        self, dim: int, *, heads: int = 8, factor: int = 5, seed: int = 0, bias: bool = True, causal: bool = False
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        factor: int = 5,
+        seed: int = 0,
+        bias: bool = True,
+        causal: bool = False,
+        position: Any = None,
     ) -> None:
         if causal:
             raise ValueError("causal must be False: which queries look depends on all of them")
         if factor < 1:
             raise ValueError(f"factor must be at least 1, got {factor}")
-        super().__init__(dim, heads=heads, bias=bias)
+        check_turns(position)
+        super().__init__(dim, heads=heads, bias=bias, position=position)
         self.factor, self.seed = factor, seed
 
     def count(self, tokens: int) -> int:
@@ -91,7 +101,7 @@ class ProbSparseAttention(MultiHead):
         """As every mechanism; `sample` (N, U) are keys to decide by, in place of drawn ones."""
         self.check(x)
         self.refuse(context=context, pattern=pattern, state=state)
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, grid=grid if self.on_grid else None)
         tokens = x.shape[1]
         if (active := self.count(tokens)) == tokens:
             return self.merge(attend(q, k, v, dropout=self.dropout if self.training else 0.0))

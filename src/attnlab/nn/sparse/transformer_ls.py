@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnlab.attend import attend, merge
 from attnlab.cards import ANY_LENGTH, CAUSAL_SELF, NONCAUSAL_SELF, TOKENS, Card, register
-from attnlab.nn.mechanism import check_keep, join_heads, split_heads
+from attnlab.nn.mechanism import check_keep, check_turns, join_heads, split_heads
 from attnlab.nn.multihead import MultiHead
 from attnlab.patterns import Explicit, Halo, Pattern, Window
 
@@ -70,6 +70,7 @@ class WindowAndSummaries(MultiHead):
         causal: bool = False,
         position: Any = None,
     ) -> None:
+        check_turns(position)
         super().__init__(dim, heads=heads, bias=bias, causal=causal, position=position)
         for name, value in (("window", window), ("summaries", summaries), ("chunk", chunk)):
             if value < 1:
