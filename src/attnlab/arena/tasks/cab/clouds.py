@@ -27,8 +27,8 @@ class Completion(CabTask):
     """From the points of one side to those all around.
 
     Tokens of the part are centres, chosen as far apart as can be, with the shape of their surroundings, encoded by
-    softmax attention; tokens of the whole are places guessed from the part as a whole, which look into it and become
-    points around themselves. Losses and scores are Chamfer distances. Published: PoinTr on PCN.
+    softmax attention; tokens of the whole are places guessed from a centre and the part as a whole, which look into
+    the part and become points around themselves. Loss and scores are Chamfer distances. Published: PoinTr on PCN.
     """
 
     name, title, about, layout = "cab-pcc-nc", "the rest of a point cloud", "PCC", CROSS
@@ -40,7 +40,7 @@ class Completion(CabTask):
         "{train,test}/complete/<category>/<model>.pcd (https://github.com/yuxumin/PoinTr); .npy and .npz are read too"
     )
     budgets = {
-        TINY: Budget(60_000, depth=2, steps=200, batch=16, length=64, learning_rate=3e-3, examples=48),
+        TINY: Budget(60_000, depth=2, steps=200, batch=16, length=64, learning_rate=4e-3, examples=48),
         MEDIUM: Budget(2_000_000, depth=4, steps=5_000, batch=16, length=224, learning_rate=1e-3, examples=100),
         PAPER: Budget(30_000_000, depth=8, steps=180_000, batch=48, length=352, learning_rate=2e-4, examples=1200),
     }
@@ -145,13 +145,13 @@ def farthest(points: Tensor, count: int) -> Tensor:
 
 
 class _PartAndGuess(nn.Module):
-    """Tokens of centres, encoded, and of guessed places (B, M + N, C); beside them the places (B, N, 3)."""
+    """Tokens of centres, encoded, and of places guessed from them (B, M + N, C); beside them the places (B, N, 3)."""
 
     def __init__(self, width: int, centres: int, asked: int):
         super().__init__()
         self.centres, self.asked = centres, asked
         self.shape = nn.Sequential(nn.Linear(6, width), nn.GELU(), nn.Linear(width, width))
-        self.encoder, self.guess = Softmax(width), nn.Linear(width, 3 * asked)
+        self.encoder, self.guess = Softmax(width), nn.Linear(2 * width, 3 * -(-asked // centres))
         self.place = nn.Sequential(nn.Linear(3 + width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,9 @@ class _PartAndGuess(nn.Module):
         offsets = torch.cat((centres[:, :, None].expand_as(around), around - centres[:, :, None]), -1)
         part = self.encoder(self.shape(offsets).amax(2))
         whole = part.amax(1)
-        places = self.guess(whole).unflatten(1, (self.asked, 3))
+        known = torch.cat((part, whole[:, None].expand_as(part)), -1)
+        moves = self.guess(known).unflatten(2, (-1, 3))
+        places = (centres[:, :, None] + moves).flatten(1, 2)[:, : self.asked]
         queries = self.place(torch.cat((places, whole[:, None].expand(-1, self.asked, -1)), -1))
         return torch.cat((part, queries), 1), places
 

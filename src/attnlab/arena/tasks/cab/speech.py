@@ -160,7 +160,8 @@ class _Spoken(nn.Module):
     def __init__(self, symbols: int, each: int, bands: int, width: int, layout: str):
         super().__init__()
         self.tables = nn.ModuleList(table(symbols, width) for _ in range(each))
-        self.before, self.places = nn.Linear(each * bands, width), Places()
+        # What looks into the text must find its own place there, and has little else to find it by.
+        self.before, self.places = nn.Linear(each * bands, width), Places(1.0 if layout == CAUSAL_CROSS else 0.3)
         self.each, self.layout = each, layout
         if layout == CAUSAL_CROSS:
             self.encoder, self.decoder = Softmax(width), Softmax(width, causal=True)
@@ -225,7 +226,7 @@ class LookingUp(_InTurn):
     """The mechanism is what frames see of the text so far."""
 
     name, title, layout = "cab-tts-cc", "speech in turn, by looking into the text so far", CAUSAL_CROSS
-    budgets = _budgets(lambda frames: 2 * frames // (2 if frames == _FRAMES[TINY] else 4), steps=200)
+    budgets = _budgets(lambda frames: 2 * frames // (2 if frames == _FRAMES[TINY] else 4), steps=300)
 
 
 @lru_cache(maxsize=4)
