@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnlab.hub.official import official
 from attnlab.hub.renaming import Rule, load, rename
+from attnlab.models.vision.fan import FAN as OurFAN
 from attnlab.models.vision.rvt import RVT, PooledNorm, RobustBlock
 from attnlab.nn.spatial.token_pooling import dilated_mean
 from attnlab.recipes.robust_attention import diversity_loss, recorded
@@ -149,3 +152,90 @@ class AttentionDiversificationLoss:
     def run(module: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         maps = sorted(inputs.items(), key=lambda item: int(item[0].removeprefix("attn") or 0))
         return {"loss": module([weights for _, weights in maps])}
+
+
+_FAN: tuple[Rule, ...] = (
+    (r"^patch_embed\.proj\.(\d)\.0\.", lambda m: f"stem.0.{int(m[1]) // 2}.conv."),
+    (r"^patch_embed\.proj\.(\d)\.1\.", lambda m: f"stem.0.{int(m[1]) // 2}.norm."),
+    (r"^patch_embed\.proj\.", "stem.0.out."),
+    (r"^patch_embed\.backbone\.stem\.0\.", "stem.0.patches.conv."),
+    (r"^patch_embed\.backbone\.stem\.1\.", "stem.0.patches.norm."),
+    (r"^patch_embed\.backbone\.stages\.0\.blocks\.", "stem.0.first."),
+    (r"^patch_embed\.backbone\.stages\.1\.blocks\.", "stem.0.second."),
+    (r"^patch_embed\.backbone\.stages\.1\.downsample\.0\.", "stem.0.down.norm."),
+    (r"^patch_embed\.backbone\.stages\.1\.downsample\.1\.", "stem.0.down.conv."),
+    (r"\.conv_dw\.", ".conv."),
+    (r"^(stem\..*)\.gamma$", r"\1.scale"),
+    (r"^pos_embed\.token_projection\.", "stem.1.project."),
+    (r"^blocks\.", "stages.0.blocks."),
+    (r"^cls_attn_blocks\.", "class_blocks."),
+    (r"^cls_token$", "class_token"),
+    (r"\.attn\.(wqkv|wkv)\.", r".mixer.\1."),
+    (r"\.attn\.q\.", ".mixer.wq."),
+    (r"\.attn\.proj\.", ".mixer.wo."),
+    (r"\.mlp\.mlp_v\.dwconv\.conv1\.", ".mlp.local.0."),
+    (r"\.mlp\.mlp_v\.dwconv\.bn\.", ".mlp.local.2."),
+    (r"\.mlp\.mlp_v\.dwconv\.conv2\.", ".mlp.local.3."),
+    (r"\.mlp\.mlp_v\.gamma$", ".mlp.scale"),
+    (r"\.mlp\.mlp_v\.", ".mlp."),
+    (r"\.mlp\.norm_v\.", ".mlp.norm."),
+    (r"\.mlp\.q\.", ".mlp.wq."),
+    (r"\.gamma(\d)$", r".scale\1"),
+)
+
+
+_STAGES = ("first", "second")
+
+
+@official(_REPOSITORY, "FAN", ours=OurFAN)
+class FAN:
+    """Images to logits; plain, or with pooling in every block."""
+
+    @staticmethod
+    def rename(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = dict(params)
+        for name in [n for n in given if n.startswith("blocks.") and ".attn.q." in n]:
+            q, kv = given.pop(name), given.pop(name.replace(".q.", ".kv."))
+            given[name.replace(".q.", ".wqkv.")] = torch.cat((q, kv))
+        for name in [n for n in given if n.startswith("cls_attn_blocks.") and ".attn.k." in n]:
+            k, v = given.pop(name), given.pop(name.replace(".k.", ".v."))
+            given[name.replace(".k.", ".wkv.")] = torch.cat((k, v))
+        for name, tensor in given.items():
+            if name.endswith((".temperature", "cls_token")):
+                given[name] = tensor.flatten()
+            elif tensor.ndim == 4 and ("token_projection" in name or ("stages" in name and ".mlp." in name)):
+                given[name] = tensor.flatten(1)
+        found = rename(given, _FAN)
+        if not _pooled(params):
+            return found
+        pool: tuple[Rule, ...] = (
+            (r"^(stages\.0\.blocks\.\d+)\.norm1\.", r"\1.norm1.norm."),
+            (r"^(stages\.0\.blocks\.\d+)\.dilation_predictor\.proj\.", r"\1.norm1.pool.predict."),
+        )
+        return rename(found, pool)
+
+    @staticmethod
+    def build(arguments: dict[str, Any], params: dict[str, Tensor]) -> OurFAN:
+        widths = arguments.get("channel_dims") or ()
+        if arguments.get("se_mlp") or arguments.get("c_head_num") or len(set(widths)) > 1:
+            raise ValueError(f"se_mlp, c_head_num and channel_dims of several widths are not here, got {arguments}")
+        found = FAN.rename(params)
+        stem = tuple(sum(bool(re.fullmatch(rf"stem\.0\.{part}\.\d+\.scale", n)) for n in found) for part in _STAGES)
+        model = OurFAN(
+            dim=arguments.get("embed_dim", 768),
+            depth=arguments.get("depth", 12),
+            heads=arguments.get("num_heads", 12),
+            scales=arguments.get("num_scales", 1) if _pooled(params) else 0,
+            stem_depths=(stem[0], stem[1]) if any(stem) else None,
+            mlp_ratio=arguments.get("mlp_ratio", 4.0),
+            class_layers=arguments.get("cls_attn_layers", 2),
+            in_channels=arguments.get("in_chans", 3),
+            num_classes=arguments.get("num_classes", 1000),
+            drop_path=arguments.get("drop_path_rate", 0.0),
+        )
+        load(model, found)
+        return model
+
+    @staticmethod
+    def run(module: OurFAN, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"y": module(inputs["x"])}

@@ -95,6 +95,7 @@ class RobustBlock(Block):
         name="rvt",
         title="Robustifying Token Attention for Vision Transformers",
         paper="2303.11126",
+        system="tap_adl",
         family="spatial",
         kind=BACKBONE,
         cost="N²",

@@ -30,6 +30,7 @@ def dilated_mean(x: Tensor, dilation: int) -> Tensor:
         name="tap",
         title="Robustifying Token Attention for Vision Transformers",
         paper="2303.11126",
+        system="tap_adl",
         family="spatial",
         kind=FEATURES,
         capabilities=ANY_GRID,
