@@ -22,7 +22,7 @@ from attnlab.nn.linear.linear_attention import LinearAttention
         cost="N",
         growth=1.0,
         state="heads * 2 * head_dim * (head_dim + 1)",
-        sample=dict(heads=4, length=4096),
+        sample=dict(heads=4),
     )
 )
 class CosFormer(LinearAttention):
@@ -32,9 +32,9 @@ class CosFormer(LinearAttention):
 
     x (B, N, C) → (B, N, C), O(N · C · D): cos(a − b) = cos a cos b + sin a sin b makes two features of each. M is
     `length`; no pair may lie further apart, since its weight would be negative. Left out, it is the longer of x and
-    context, as in the authors' code: then a longer text changes what its beginning gives, which is no causal attention
-    and cannot be streamed, so that causal=True needs `length`. The state is `(B, H, 2D, D + 1)`. Source: arXiv
-    2202.08791 (OpenNLPLab/cosFormer; Shark-NLP/CAB).
+    context, as in the authors' code. Causal it would let a longer text change what its beginning gives, and could not
+    be streamed: there it is 8,192 unless given, and best no more than a text has. The state is `(B, H, 2D, D + 1)`.
+    Source: arXiv 2202.08791 (OpenNLPLab/cosFormer; Shark-NLP/CAB).
     """
 
     def __init__(
@@ -49,11 +49,9 @@ class CosFormer(LinearAttention):
         causal: bool = False,
     ) -> None:
         super().__init__(dim, heads=heads, head_dim=head_dim, bias=bias, out_bias=out_bias, causal=causal)
-        if causal and length is None:
-            raise ValueError("length must be given with causal=True: the number of tokens that there can be at most")
         if length is not None and length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
-        self.length = length
+        self.length = 8192 if causal and length is None else length
 
     @property
     def width(self) -> int:
