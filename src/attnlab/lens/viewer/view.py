@@ -236,7 +236,7 @@ class View:
         where = f"{layout.key_width}×{layout.key_width} patches" if self._on_grid() else f"{layout.key_width} tokens"
         note = (
             f"To keep the page small, each row holds its {layout.top} strongest keys one by one "
-            f"({min(kept):.0%} to {max(kept):.0%} of the attention, by layer); "
+            f"({' to '.join(dict.fromkeys(f'{x:.0%}' for x in (min(kept), max(kept))))} of the attention, by layer); "
             f"all other keys share the mean over {where}."
         )
         if layout.query_width > 1:

@@ -1,6 +1,12 @@
 // One head: its tokens on the image or in the text, its matrix, and the same token in every head of the layer.
 let panels = [], layerData = null, matrixValues = null, matrixCanvas = document.createElement("canvas"), drawing = 0;
-const SIDE = 396;
+
+// How wide a picture may be: two stand side by side where there is room.
+function side() {
+  const width = $("stage").clientWidth || 800, found = Math.floor(Math.min(440, width > 560 ? (width - 24) / 2 : width - 4));
+  $("stage").style.setProperty("--side", found + "px");
+  return found;
+}
 
 // Tokens of one space, shown as an image with patches, as text, or as both.
 class Panel {
@@ -12,7 +18,7 @@ class Panel {
     if (grid) {
       this.canvas = make("canvas", { className: "patches" });
       const big = Math.max(grid[0], grid[1]);
-      this.scale = SIDE / big;
+      this.scale = side() / big;
       this.canvas.width = Math.round(grid[1] * this.scale); this.canvas.height = Math.round(grid[0] * this.scale);
       this.canvas.addEventListener("mousemove", e => hover(this, this.patchAt(e)));
       this.canvas.addEventListener("mouseleave", () => hover(this, null));
@@ -179,7 +185,7 @@ function drawMatrix() {
   const sample = Float32Array.from({ length: 4096 }, (_, i) => matrixValues[Math.floor(i * matrixValues.length / 4096)]).sort();
   matrixTop = Math.max(sample[Math.floor(0.99 * sample.length)], largestOf(matrixValues) / 20);
   paint(matrixCanvas, matrixValues, layerData.nk, layerData.nq, matrixTop);
-  const canvas = $("matrix"), fit = SIDE / Math.max(layerData.nk, layerData.nq);
+  const canvas = $("matrix"), fit = side() / Math.max(layerData.nk, layerData.nq);
   canvas.width = Math.max(8, Math.round(layerData.nk * fit)); canvas.height = Math.max(8, Math.round(layerData.nq * fit));
   $("matrix-about").textContent = `${layerData.nq} queries down, ${layerData.nk} keys across; the end of the scale is ${number(matrixTop)} and more`;
 }
@@ -221,6 +227,8 @@ function paintStrip() {
 }
 
 function bindStage() {
+  let width = innerWidth;
+  addEventListener("resize", () => { if (innerWidth !== width && layerData) { width = innerWidth; buildPanels(); drawMatrix(); refresh(); } });
   $("matrix").addEventListener("mousemove", e => matrixMove(e, false));
   $("matrix").addEventListener("mouseleave", () => { if (state.pinned === null) { state.token = state.key = null; schedule(); } });
   $("matrix").addEventListener("click", e => matrixMove(e, true));
