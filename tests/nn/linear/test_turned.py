@@ -22,7 +22,7 @@ def test_positions_turn_queries_and_keys(name: str) -> None:
         build(name, 16, heads=2, position=ALiBi(2))
 
 
-@pytest.mark.parametrize("name", ["abc", "performer"])
+@pytest.mark.parametrize("name", ["abc", "performer", "transformer_ls"])
 def test_pieces_stand_where_they_stand_in_the_whole(name: str) -> None:
     m = build(name, 16, heads=2, position=Rotary(8), causal=True).double().eval()
     x = torch.randn(2, 37, 16, dtype=D)
