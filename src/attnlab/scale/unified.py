@@ -333,7 +333,6 @@ MIXERS: dict[str, type[TokenMixer]] = {
         name="unified_view",
         title="A Unified View of Long-Sequence Models towards Modeling Million-Scale Dependencies",
         paper="2302.06218",
-        system="unified_longseq",
         family="linear",
         kind=OPERATOR,
         cost="as the mixer",
