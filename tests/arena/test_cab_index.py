@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from attnlab.arena.bench.cab_index import (
@@ -21,6 +22,8 @@ from attnlab.arena.bench.cab_index import (
     read_scores,
     scaled,
 )
+from attnlab.cards import build, describe
+from attnlab.cost import count_flops
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "cab" / "compositional_index.safetensors"
 
@@ -138,3 +141,17 @@ def test_correlations_are_pearsons_over_shared_methods() -> None:
 def test_what_does_not_fit_is_refused(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("name", ["abc", "nystrom", "performer", "lara", "cosformer", "s4d", "transformer_ls"])
+def test_in_counted_work_the_methods_are_lines_that_vanilla_crosses(name: str) -> None:
+    lengths = (128, 256, 512, 1024)
+
+    def work(mechanism: str) -> list[float]:
+        module = build(mechanism, 32, **dict(describe(mechanism).sample)).eval()
+        with torch.no_grad():
+            return [count_flops(module, torch.randn(1, n, 32)) for n in lengths]
+
+    found = efficiency_length(lengths, work("multihead"), work(name))
+    assert found.vanilla_fit > 1 - 1e-9 and found.efficient_fit > 0.999
+    assert found.length is not None and found.length < 1024
