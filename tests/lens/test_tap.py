@@ -333,6 +333,48 @@ def test_attention_by_hand_is_named_with_its_remedy(x, timm, transformers):
         model(x)
 
 
+def test_attention_by_hand_is_found_through_modules_views_and_slices(x, timm, transformers):
+    class Sinks(Attend):
+        def __init__(self):
+            super().__init__()
+            self.softmax = nn.Softmax(-1)
+
+        def forward(self, x):
+            k, v = self.wkv(x).chunk(2, -1)
+            scores = F.pad(self.wq(x) @ k.mT, (0, 1))
+            return self.wo((self.softmax(scores)[..., :-1].reshape(-1, *scores.shape[1:2] * 2)).bmm(v))
+
+    model = Two(Sinks, Sinks)
+    with lens.steer(model, Seen()), pytest.raises(ValueError, match=r"^first computes its softmax by hand"):
+        model(x)
+    sizes = dict(img_size=32, embed_dim=16, depths=(1,), num_heads=(2,), window_size=4)
+    model = timm.create_model("swin_tiny_patch4_window7_224", **sizes)
+    with lens.steer(model, Seen()), pytest.raises(ValueError, match=r"^layers.0.blocks.0.attn .*fused_attn = True"):
+        model(torch.randn(1, 3, 32, 32))
+    config = transformers.BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2)
+    model = transformers.BloomModel(config)
+    with lens.steer(model, Seen()), pytest.raises(ValueError, match=r"^h.0.self_attention .*no other for BloomModel"):
+        model(torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_joint_attention_of_two_sequences_looks_at_itself(x):
+    class Joint(Attend):
+        def forward(self, hidden_states, encoder_hidden_states):
+            return super().forward(torch.cat([encoder_hidden_states, hidden_states], 1))
+
+    class Whole(Two):
+        def __init__(self):
+            super().__init__(Joint, Attend)
+
+        def forward(self, x):
+            return self.second(self.first(hidden_states=x, encoder_hidden_states=x[:, :2].clone()), context=x)
+
+    with lens.tap(model := Whole()) as tap:
+        tap.subscribe(seen := Seen())
+        model(x)
+    assert [e.kind for e in seen.events] == ["self", "cross"]
+
+
 def test_a_softmax_that_is_no_attention_raises_no_alarm(x):
     class Classifies(Attend):
         def forward(self, x):

@@ -95,8 +95,11 @@ def kind_of(frame: Frame, q: Tensor, k: Tensor) -> str:
     named = [frame.keywords.get(name) for name in _CONTEXTS]
     if "context" in _parameters(type(frame.module)):
         named += frame.arguments[1:2]
-    if any(isinstance(other, Tensor) and other is not own for other in named):
-        return "cross"
+    others = [other for other in named if isinstance(other, Tensor) and other is not own]
+    if others:
+        # Where both are one sequence (the joint attention of diffusion transformers), it looks at itself.
+        both = sum(x.shape[-2] for x in (own, *others) if isinstance(x, Tensor) and x.dim() > 2)
+        return "self" if q.shape[-2] == k.shape[-2] == both else "cross"
     if q.shape[-2] == k.shape[-2] or any(frame.keywords.get(name) is not None for name in _CACHES):
         return "self"
     return "cross"

@@ -294,7 +294,8 @@ def tap(model: nn.Module) -> Iterator[Tap]:
     """Open the tap of `model`, to which watchers and editors subscribe; closed, the model is as it was.
 
     A call is followed wherever the model runs: in any thread, in generation, when checkpointing recomputes it in a
-    backward (call that before the tap closes, or edited layers are recomputed unedited).
+    backward (call that before the tap closes, or edited layers are recomputed unedited). Torch's encoder layers leave
+    their inference shortcut, which gives zeros for padding, as they do in training: its real tokens stay the same.
 
     Raises:
         TypeError: `model` is no module. ValueError: it, or a part of it, has an open tap already (subscribe to that
