@@ -5,7 +5,7 @@ Loaded like a user's file (`attnlab bench cab --peers`), so that no other comman
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -83,16 +83,21 @@ class Fla(Mechanism):
         return self.attention(x)[0]
 
 
+ABSENT: dict[str, str] = {}  # of those that are not here, why
 _SELF = NONCAUSAL_SELF | CAUSAL_SELF
-for _package, _card_, _target in (
+for _module, _card_, _target in (
     ("torch", _card("peer_torch", "torch.nn.MultiheadAttention", ALL_FOUR, 2.0, heads=4), Torch),
     (
-        "x_transformers",
+        "x_transformers.x_transformers",
         _card("peer_x_transformers", "x-transformers", _SELF | NONCAUSAL_CROSS, 2.0, heads=4),
         XTransformers,
     ),
     ("natten", _card("peer_natten", "natten, 1-D", _SELF, 1.0, heads=4), Natten),
-    ("fla", _card("peer_fla", "flash-linear-attention, GLA", CAUSAL_SELF, 1.0, heads=4), Fla),
+    ("fla.layers", _card("peer_fla", "flash-linear-attention, GLA", CAUSAL_SELF, 1.0, heads=4), Fla),
 ):
-    if find_spec(_package):
+    try:
+        import_module(_module)
+    except ImportError as error:  # it, or something that it needs
+        ABSENT[_card_.name] = f"is not installed ({error})"
+    else:
         cards.register(_card_)(_target)

@@ -20,7 +20,9 @@ def show(summary: Summary, console: Console) -> None:
         _trouble(console, {sweep["mechanism"]: sweep["reason"] for sweep in summary.sweeps})
     for name, grids in summary.grids.items():
         for grid in grids:
-            console.print(grid_table(f"[bold]{name}[/]: {grid.title}", grid))
+            # Not as the table's own title, which is folded into the width of a narrow table.
+            console.print(f"\n[bold]{name}[/]: {escape(grid.title)}", highlight=False, soft_wrap=True)
+            console.print(grid_table(grid))
         _trouble(console, dict(reasons(summary, name)))
     if summary.study.left_out:
         console.print(left_out(summary))
@@ -77,9 +79,9 @@ def cost_table(summary: Summary) -> Table:
     return table
 
 
-def grid_table(title: str, grid: Grid) -> Table:
+def grid_table(grid: Grid) -> Table:
     """A benchmark's table; the best of each row and length stands out where there are several."""
-    table = _table(title)
+    table = Table(header_style="dim", show_edge=False, pad_edge=False)
     table.add_column("")
     for column in grid.columns:
         table.add_column(column, justify="right")

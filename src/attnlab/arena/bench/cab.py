@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +27,7 @@ MECHANISMS = (
     VANILLA, "sliding_window", "abc", "nystrom", "performer", "lara", "cosformer", "prob_sparse", "transformer_ls",
     "s4d", "linear", "gated", "kda",
 )  # fmt: skip
-_PEERS = {
-    "peer_torch": "torch", "peer_x_transformers": "x_transformers", "peer_natten": "natten", "peer_fla": "fla",
-}  # fmt: skip
+PEERS = ("peer_torch", "peer_x_transformers", "peer_natten", "peer_fla")
 Scores = dict[tuple[str, str], float | None]
 
 
@@ -82,12 +80,10 @@ def plan(
     if peers:
         file = Path(__file__).parent.with_name("peers.py")
         jobs.load_files([file])
-        load = [*load, file]
-        for name, package in _PEERS.items():
-            if find_spec(package):
-                names.append(name)
-            else:
-                absent.append(["all", name, f"{package.replace('_', '-')} is not installed"])
+        load = [*load, file]  # in worker processes too
+        missing = sys.modules["attnlab_loaded_peers"].ABSENT
+        names += [name for name in PEERS if name not in missing]
+        absent += [["all", name, reason] for name, reason in missing.items()]
     budget = f"cab-{size}"
     chosen = []
     for cls in _chosen(budget, patterns, tasks):
