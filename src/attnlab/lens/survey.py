@@ -187,7 +187,7 @@ def _spatial(
     maps, where = maps[kept], [where[i] for i in kept]
     # Of few maps, small batches and many rounds: the autoencoder is to take some hundred steps. Of many, fewer rounds:
     # it is to be done within half a minute.
-    batch, epochs = max(4, min(64, len(maps) // 8)), max(10, min(200, 8000 // len(maps)))
+    batch, epochs = max(4, min(64, len(maps) // 8)), max(10, min(100, 8000 // len(maps)))
     named = find(maps, gather.small, seed=seed, batch=batch, epochs=epochs)
     heads = [(at[layer], layers[at[layer]].heads.index(head)) for _, layer, head in where]
     page["patterns"] = pages.patterns(named, maps, heads, gather.small, 1 + max(image for image, *_ in where))
