@@ -4,7 +4,15 @@
         [--order x|none] [--teacher optimal|a1|a2|a3] [--steps 8000] [--dim 128]
 
 All networks are trained on sets of 5 to 8 points, or numbers, and asked at 5 to 20 (a dictionary has words for 20).
-8,000 steps of 128 sets are the million examples of arXiv 1506.03134, at a quarter of its width.
+8,000 steps of 128 sets are the million examples of arXiv 1506.03134, at a quarter of its width. Hulls, by points:
+
+                5      8      10     15     20    three minutes of one core each
+    pointer     96 %   87 %   79 %   60 %   36 %  area 99.3 % and more, hardly ever crossing
+    attention   91 %   86 %    0 %    0 %    0 %  fails beyond the lengths it was trained at
+    dictionary  86 %   64 %    0 %    0 %    0 %
+
+Tours and triangulations need more than that: after 12,000 steps tours of 5 points are 2.44 long (shortest 2.16), and
+14 % of the triangulations of 5 points are right after 4,000.
 """
 
 from __future__ import annotations

@@ -212,6 +212,7 @@ def _with_response(mask: Tensor, response: int) -> Tensor:
 @register(
     Card(
         name="longmamba",
+        system="longmamba",
         title="LongMamba: Enhancing Mamba's Long Context Capabilities via Training-Free Receptive Field Enlargement",
         paper="2504.16053",
         family="linear",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from attnlab.cost import count_flops
 from attnlab.nn.channel.union_mlp import UnionMLP
@@ -116,3 +117,30 @@ def test_the_gate_is_trained_only_straight_through():
 def test_bad_arguments_are_named(keywords, words):
     with pytest.raises(ValueError, match=words):
         make(**keywords)
+
+
+def test_chosen_slices_hold_more_than_the_same_slices_for_all_at_the_same_cost():
+    # Labels of pairs, drawn at random: to be remembered, which the sum of two embeddings cannot do.
+    classes, letters, dim = 16, 48, 32
+    labels = torch.randint(classes, (letters, letters))
+
+    def learn(fixed: bool) -> float:
+        torch.manual_seed(0)
+        first, second, head = nn.Embedding(letters, dim), nn.Embedding(letters, dim), nn.Linear(dim, classes)
+        mlp = UnionMLP(dim, hidden=256, experts=8, active=2)
+        if fixed:  # every token takes slices 0 and 1
+            nn.init.zeros_(mlp.gate.linear.weight)
+            mlp.gate.linear.bias.data = -torch.arange(8.0)
+        net = nn.ModuleList((first, second, mlp, head))
+        optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=4e-3)
+        for _ in range(200):
+            a, b = torch.randint(letters, (2, 4, 256))
+            x = first(a) + second(b)
+            loss = F.cross_entropy(head(x + mlp(x)).flatten(0, 1), labels[a, b].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        x = first.weight[:, None] + second.weight
+        return (head(x + mlp(x)).argmax(-1) == labels).float().mean().item()
+
+    assert learn(fixed=False) > learn(fixed=True) + 0.2

@@ -40,6 +40,7 @@ class UnionBlock(nn.Module):
 @register(
     Card(
         name="uoe",
+        system="uoe",
         title="Union of Experts: Adapting Hierarchical Routing to Equivalently Decomposed Transformer",
         paper="2503.02495",
         family="language",

@@ -15,6 +15,7 @@ __all__ = ["Decoded", "PointerNetwork", "permutation", "unused"]
 @register(
     Card(
         name="pointer_network",
+        system="ptrnet",
         title="Pointer Networks",
         paper="1506.03134",
         family="cross",
