@@ -241,9 +241,12 @@ class _Outline(Subscriber):
             place = self.grids.of(event.name, count)
         except ValueError:
             return Tokens(count)
+        if len(place.grid) != 2:
+            return Tokens(count)
+        rows, columns = place.grid
         before = ("[class]", *(f"[extra {i}]" for i in range(1, place.prefix)))[: place.prefix]
-        patches = (f"row {i // place.grid[1]}, column {i % place.grid[1]}" for i in range(count - place.prefix))
-        return Tokens(count, (*before, *patches), place.grid, place.prefix, self.shown.image)
+        patches = (f"row {i // columns}, column {i % columns}" for i in range(count - place.prefix))
+        return Tokens(count, (*before, *patches), (rows, columns), place.prefix, self.shown.image)
 
 
 class _Fill(Subscriber):
