@@ -45,6 +45,11 @@ def test_a_folder_without_the_files_names_the_missing_one(tmp_path, name):
         find_task(name)(PAPER, tmp_path)
 
 
+def test_other_sizes_bring_their_own_data(tmp_path):
+    with pytest.raises(ValueError, match="reads data at its published size alone"):
+        find_task("cab-lm-cs")("cab-tiny", tmp_path)
+
+
 def test_books_are_read_as_tokens(tmp_path, monkeypatch):
     folder = tmp_path / "pg19"
     folder.mkdir()

@@ -32,6 +32,8 @@ class CabTask(Task):
 
     def load(self) -> None:
         if self.data is not None:
+            if self.budget is not self.budgets.get(PAPER):
+                raise ValueError(f"data: {self.name} reads data at its published size alone; leave data out")
             inside = self.data / self.folder
             self.read(inside if inside.is_dir() else self.data)
         elif self.budget is self.budgets.get(PAPER):
