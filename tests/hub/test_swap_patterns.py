@@ -205,6 +205,16 @@ def test_a_route_that_takes_everything_changes_nothing(timm) -> None:
         assert not torch.allclose(model(images), wanted)
 
 
+def test_inference_mode_changes_nothing_under_a_full_pattern(llama, ids) -> None:
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    with torch.inference_mode():
+        before = llama(ids, attention_mask=padding).logits
+        with swap(llama, Full()):
+            after = llama(ids, attention_mask=padding).logits
+    torch.testing.assert_close(after, before)
+
+
 def test_training_goes_through_a_swap(timm) -> None:
     model, images = vit(timm, depth=1).train(), torch.randn(1, 3, 64, 64)
     mask = Prefixed(Neighborhood((8, 8), 3), 1).matrix(65)

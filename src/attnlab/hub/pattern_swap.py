@@ -118,7 +118,11 @@ class PatternSwap(Swap, Subscriber):
     def _host(self, event: Event) -> Host:
         """What the model hides; layers of one pass that share a mask share the answer."""
         mask, nq, nk = event.mask, event.q.shape[2], event.k.shape[2]
-        it = None if mask is None else (mask.data_ptr(), mask.shape, mask.stride(), mask._version)
+        it: Any = None
+        if mask is not None:
+            # Changes of inference tensors are not counted: each call reads such a mask anew.
+            version = object() if mask.is_inference() else mask._version
+            it = mask.data_ptr(), mask.shape, mask.stride(), version
         at = self._caches.of(event.module)
         key = (it, event.is_causal, len(event.q), nq, nk, at)
         last = self._last
