@@ -1,9 +1,11 @@
 """Prompts that tokens pick for themselves: the masked softmax, what each kind of token sees, and what is trained."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnlab
 from attnlab.models.skeletons.plain import Plain
@@ -164,3 +166,40 @@ def test_what_does_not_fit_is_named() -> None:
         TCPA(attnlab.build("vit", dim=16, depth=1, heads=2, image=16, patch=4, class_token=False))
     with pytest.raises(ValueError, match="length"):
         VisualPrompts(vit(), length=0)
+
+
+@pytest.mark.slow
+def test_patches_differ_more_with_prompts_of_their_own_than_with_shared_ones() -> None:
+    """The paper's claim on features, at one number of parameters; its gain in accuracy needs more than digits."""
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 8 - 1
+    labels = torch.tensor(data.target)
+    known, new = labels < 5, labels >= 5
+
+    def fit(net: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, rate: float) -> None:
+        optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], rate)
+        for step in range(steps):
+            part = torch.randint(0, len(x), (48,))
+            out = net(x[part], random=step < steps // 10) if isinstance(net, TCPA) else net(x[part])
+            logits, distance = out if isinstance(out, tuple) else (out, 0.0)
+            optimiser.zero_grad()
+            (F.cross_entropy(logits, y[part]) + 0.01 * distance).backward()
+            optimiser.step()
+        net.eval()
+
+    vit = attnlab.build("vit", dim=32, depth=3, heads=4, image=8, patch=2, num_classes=5)
+    fit(vit, images[known], labels[known], 120, 3e-3)
+    alike = []
+    for build in (
+        lambda frozen: VisualPrompts(frozen, length=24),
+        lambda frozen: TCPA(frozen, sizes=(6, 6), picks=(3, 3), with_fourier=False),
+    ):
+        torch.manual_seed(0)
+        net = build(copy.deepcopy(vit))
+        fit(net, images[new][:500], labels[new][:500] - 5, 60, 5e-3)
+        with torch.no_grad():
+            out = net.tokens(images[new][500:])
+        unit = F.normalize((out[0] if isinstance(out, tuple) else out)[:, 1:], dim=-1)
+        alike.append((unit @ unit.mT).mean().item())
+    assert alike[1] < alike[0]

@@ -75,6 +75,7 @@ def coordinated_attention(
         name="tcpa",
         title="Token Coordinated Prompt Attention is Needed for Visual Prompting",
         paper="2505.02406",
+        system="tcpa",
         family="prompting",
         kind=RECIPE,
         cost="N (N + P)",
