@@ -29,7 +29,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 
 _SEVERAL = "Comma-separated, or given several times."
-_TASKS = "text, textures, photos-x2, series, recall, needle, lookup, causal-lookup"
+_TASKS = "text, textures, photos-x2, series, recall, needle, lookup, causal-lookup, pixels"
 Tasks = Annotated[list[str] | None, typer.Option(help=f"{_TASKS}; all of them. {_SEVERAL}")]
 Mechanisms = Annotated[list[str] | None, typer.Option(help=f"Names from attnlab list; nine if not given. {_SEVERAL}")]
 

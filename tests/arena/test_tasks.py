@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from attnlab.arena import task as registry
-from attnlab.arena.task import GRID, Budget, Task, find_task, task, tasks
+from attnlab.arena.task import CAUSAL_GRID, GRID, Budget, Task, find_task, task, tasks
 from attnlab.arena.tasks import needle, photos, recall, text
 
-NAMES = ("text", "textures", "photos-x2", "series", "recall", "needle", "lookup", "causal-lookup")
+NAMES = ("text", "textures", "photos-x2", "series", "recall", "needle", "lookup", "causal-lookup", "pixels")
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def test_stem_and_head_fit_batch_and_loss(ready, name):
     inputs, targets = it.batch(torch.Generator().manual_seed(0))
     tokens = it.stem(16)(inputs)
     assert tokens.shape == (it.budget.batch, it.budget.length, 16)
-    assert (it.grid(tokens.shape[1]) is not None) == (it.layout == GRID)
+    assert (it.grid(tokens.shape[1]) is not None) == (it.layout in (GRID, CAUSAL_GRID))
     assert it.loss(it.head(16)(tokens), targets).isfinite()
 
 
-@pytest.mark.parametrize("name", ["text", "series", "recall", "needle"])
+@pytest.mark.parametrize("name", ["text", "series", "recall", "needle", "pixels"])
 def test_no_token_of_a_sequence_shows_a_later_one(ready, name):
     it = ready[name]
     inputs, _ = it.batch(torch.Generator().manual_seed(0))
@@ -131,6 +131,20 @@ def test_series_without_a_correction_are_seasonal_naive(ready):
     naive = np.concatenate((values[239:250], values[239:240]))  # eleven years back; the twelfth value takes two seasons
     scale = values[250 - it.budget.length : 250].std()
     np.testing.assert_allclose(missing[-1], (values[250:262] - naive) / scale, rtol=1e-5)
+
+
+def test_pixels_are_predicted_from_those_before(ready):
+    inputs, targets = ready["pixels"].batch(torch.Generator().manual_seed(0))
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert (inputs[:, 0] == 17).all() and targets.max() <= 16
+
+
+def test_shades_by_place_are_what_a_table_of_counts_knows(ready):
+    it = ready["pixels"]
+    counts = torch.tensor(np.stack([np.bincount(c, minlength=17) + 0.1 for c in it.train.T]))
+    table = (counts / counts.sum(1, keepdim=True)).log().float()
+    guessed = it.evaluate(lambda inputs: table.expand(len(inputs), -1, -1)).value
+    assert guessed == pytest.approx(it.trivial()[1], rel=1e-5)
 
 
 def test_recall_asks_for_values_that_were_shown():

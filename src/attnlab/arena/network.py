@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab import cards
-from attnlab.arena.task import CAUSAL, CAUSAL_CROSS, CROSS, GRID, SELF, Task
+from attnlab.arena.task import CAUSAL, CAUSAL_CROSS, CAUSAL_GRID, CROSS, GRID, SELF, Task
 from attnlab.models.skeletons.plain import Encoder
 from attnlab.nn.multihead import MultiHead
 from attnlab.positions import Rotary
@@ -100,7 +100,7 @@ def mixer(mechanism: str, width: int, layout: str, *, positions: bool = False, c
     parameters = inspect.signature(cards.target(mechanism)).parameters
     passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if passes_on or "causal" in parameters:
-        options["causal"] = layout in (CAUSAL, CAUSAL_CROSS)
+        options["causal"] = layout in (CAUSAL, CAUSAL_CROSS, CAUSAL_GRID)
     if positions and takes_positions(mechanism):
         own = parameters if "heads" in parameters else inspect.signature(MultiHead).parameters
         heads = options.get("heads", own["heads"].default)
@@ -133,7 +133,9 @@ def why_not(card: cards.Card, task: type[Task]) -> str:
             return "only looks back, and here every token sees all others"
         return ""
     if card.kind is cards.Kind.FEATURES:
-        return "works on feature maps, and this is a sequence"
+        return "works on feature maps, and this is read token by token"
+    if task.layout == CAUSAL_GRID:
+        return "" if card.claims(cards.CAUSAL_SELF) else "cannot keep from looking ahead (not causal)"
     if task.layout == SELF:
         if not card.claims(cards.NONCAUSAL_SELF):
             return "only looks back, and here every token sees all others"

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 CAUSAL, GRID = "causal", "grid"  # a sequence read from left to right; a map of tokens that all see each other
 SELF = "self"  # a sequence whose tokens all see each other
+CAUSAL_GRID = "causal-grid"  # a map that is read row by row
 # The first tokens (half of them, or `Task.context`) are the context of the others: all of it, or for the i-th up to
 # the i-th.
 CROSS, CAUSAL_CROSS = "cross", "causal-cross"
-LAYOUTS = (CAUSAL, GRID, SELF, CROSS, CAUSAL_CROSS)
+LAYOUTS = (CAUSAL, GRID, SELF, CAUSAL_GRID, CROSS, CAUSAL_CROSS)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Task:
 
 TaskType = TypeVar("TaskType", bound="type[Task]")
 _TASKS: dict[str, type[Task]] = {}
-_OURS = ("text", "textures", "photos", "series", "recall", "needle", "lookup")
+_OURS = ("text", "textures", "photos", "series", "recall", "needle", "lookup", "pixels")
 _CAB = tuple(f"cab.{name}" for name in ("speech", "summaries", "faces", "language", "clouds", "forecasts"))
 
 
