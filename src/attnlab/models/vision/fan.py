@@ -168,7 +168,8 @@ class FAN(Pyramid):
 
     Images (B, in_channels, H, W), any size, to logits (B, num_classes); one map, at 1/16. Cost per block:
     13NC² + 2N²C. In training add `recipes.robust_attention.diversity_loss` of its maps. `hub.load_official` reads the
-    authors' checkpoints, of whose networks those with Swin's windows are not here.
+    authors' checkpoints, of whose networks those with Swin's windows are not here. In their hybrid stem, norms over
+    channels-last memory divide by C − 1; here, as over any other memory, by C.
 
     Args:
         stem_depths: blocks of each of the two ConvNeXt stages before the patches (the "hybrid" networks); None for
