@@ -136,7 +136,7 @@ def test_which_ranks_there_are_is_planned_and_said():
     cases = scale_bench.cases(peers=True)
     assert {c["method"] for c in cases} == {*scale_bench.METHODS, scale_bench.ALONE, "torch context_parallel"}
     assert all((c["method"] == "lasp2") == (c["mask"] == "state") for c in cases if c["ranks"] > 1)
-    assert not any(c["method"] == "usp" and c["ranks"] < 4 for c in cases)
+    assert not any(c["method"] in ("usp", "double ring") and c["ranks"] < 4 for c in cases)
     for wrong, said in (
         (dict(masks=["block_sparse"]), "masks"),
         (dict(methods=["rung"]), "methods"),

@@ -210,6 +210,35 @@ def test_a_ring_of_all_to_all_groups_equals_attention_in_one_place(name: str) ->
         assert_same(found, wanted)
 
 
+def test_a_double_ring_equals_attention_in_one_place_and_stays_among_neighbours() -> None:
+    q, k, v, w, w_lse = data = heads()
+    wanted = in_one_place(*data, pattern=Causal())
+    layout = Layout.zigzag(N, 6)
+    met: dict[int, list[int]] = {}
+
+    def rank(wire):
+        exchange = wire._exchange
+
+        def seen(sends, receives):
+            met.setdefault(wire.rank, []).extend(to for to, _ in sends)
+            return exchange(sends, receives)
+
+        wire._exchange = seen
+        given = [layout.shard(x, wire.rank).clone().requires_grad_() for x in (q, k, v)]
+        out, lse = scale.attend(*given, mesh=wire, layout=layout, pattern=Causal(), return_lse=True, window=3)
+        losses(out, lse, layout.shard(w, wire.rank), layout.shard(w_lse, wire.rank, 2)).backward()
+        return [out.detach(), lse.detach(), *(x.grad for x in given)]
+
+    assert_same([layout.whole(parts, 2) for parts in zip(*simulate(6, rank), strict=True)], wanted)
+    # Forward: round the inner ring of 0, 1, 2, then what the ranks of the other one are to see, one after the other.
+    assert met[1][:5] == [0, 2, 4, 3, 5]
+    for wrong, method in ((4, "ring"), (0, "ring"), (3, "ulysses")):
+        with pytest.raises(ValueError, match="window must divide the 6 ranks"):
+            simulate(6, lambda wire, n=wrong, m=method: scale.attend(
+                *(layout.shard(x, wire.rank) for x in (q, k, v)), mesh=wire, method=m, window=n, layout=layout
+            ))  # fmt: skip
+
+
 def test_every_rank_may_compute_some_heads_of_all_rows() -> None:
     q, k, v, w, w_lse = data = heads()
     wanted = in_one_place(*data, pattern=PATTERNS["per head"])

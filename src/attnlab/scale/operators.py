@@ -46,6 +46,7 @@ def attend(
     scale: float | None = None,
     return_lse: bool = False,
     kv_chunk: int | None = None,
+    window: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence of which each rank holds a part: what `attnlab.attend` gives on all of it.
@@ -76,6 +77,8 @@ def attend(
             this rank's queries have in it.
         scale, return_lse: as for `attnlab.attend`.
         kv_chunk: work on so many keys at a time, which may then lie in another memory than q (ring and allgather).
+        window: of a ring (also usp's): so many neighbours make an inner ring, which is gone round before the next, so
+            that all but one in `window` messages stay within a node. usp with a window is LoongTrain (2406.18485).
         backend: of the other two.
 
     Raises:
@@ -96,9 +99,14 @@ def attend(
             raise ValueError(f"{name} must have four axes (batch, heads, tokens, channels), got {tuple(x.shape)}")
     if kv_chunk is not None and (kv_chunk < 1 or method not in ("ring", "allgather")):
         raise ValueError(f"kv_chunk must be positive and goes with ring or allgather, got {kv_chunk} for {method}")
+    if window is not None and (method not in ("ring", "usp") or window < 1 or ranks.size % window):
+        raise ValueError(
+            f"window must divide the {ranks.size} ranks of the ring and goes with ring or usp, "
+            f"got {window} for {method}"
+        )
     if method in ("ulysses", "usp", "heads"):
         heads_of(inner, q.shape[1], k.shape[1])
-    choices = ("attend", method, pattern, kv_layout, scale, kv_chunk, return_lse)
+    choices = ("attend", method, pattern, kv_layout, scale, kv_chunk, return_lse, window)
     found = agree.lengths(inner, {"q": q, "k": k, "v": v}, choices, layout)
     if method == "usp":  # what a group agrees about, the groups must too
         found = agree.groups(ranks, found, layout)
@@ -130,13 +138,15 @@ def attend(
         def within(
             q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None, bias: Bias | None
         ) -> tuple[Tensor, Tensor | None]:
-            return ring_attention(q, k, v, Job(ranks, rings, key_rings, pattern or Full(), scale, bias))
+            return ring_attention(q, k, v, Job(ranks, rings, key_rings, pattern or Full(), scale, bias, window=window))
 
         at = ranks.rank
         out, lse = ulysses(q, k, v, inner, groups[at], key_groups[at], within, pattern=pattern, bias=bias)
         return (out, lse) if return_lse and lse is not None else out
     gather = method == "allgather"
-    job = Job(ranks, mine, keys, asked, scale, _four(bias, q, keys.length), gather=gather, chunk=kv_chunk)
+    job = Job(
+        ranks, mine, keys, asked, scale, _four(bias, q, keys.length), gather=gather, chunk=kv_chunk, window=window
+    )
     out, lse = ring_attention(q, k, v, job)
     return (out, lse) if return_lse else out
 

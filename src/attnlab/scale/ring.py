@@ -31,7 +31,7 @@ class Job:
     """One call, without the values: where queries and keys lie, who sees whom, and how keys come.
 
     `gather` brings all keys to all ranks by one collective, instead of block by block; `chunk` bounds the keys that
-    are worked on at a time.
+    are worked on at a time; `window` ranks that are neighbours make an inner ring, which is gone round before the next.
     """
 
     wire: Wire
@@ -42,6 +42,19 @@ class Job:
     bias: Bias | None = None
     gather: bool = False
     chunk: int | None = None
+    window: int | None = None
+
+    def partners(self, step: int) -> tuple[int, int]:
+        """To whom my keys go in a step, and from whom others come; in step 0 both are myself.
+
+        One ring: r − t and r + t. With a window of w: round my own inner ring of w ranks, then round the next one, …
+        (the double ring of LoongTrain, arXiv 2406.18485): all but one in w steps stay among neighbours.
+        """
+        rank, size = self.wire.rank, self.wire.size
+        window = self.window or size
+        (group, place), (outer, inner) = divmod(rank, window), divmod(step, window)
+        to = (group - outer) % (size // window) * window + (place - inner) % window
+        return to, (group + outer) % (size // window) * window + (place + inner) % window
 
     def wanted(self, receiver: int, sender: int) -> tuple[Range, ...]:
         """The ranges of the sender's keys that the receiver is to get."""
@@ -180,7 +193,7 @@ def _backward(
     table: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     wire, wide = job.wire, lse.dtype
-    r, size, widths = wire.rank, wire.size, [k.shape[3], v.shape[3]]
+    r, widths = wire.rank, [k.shape[3], v.shape[3]]
     dq, own = None, None
     d_table: Tensor | None = None
     homecoming: list[Callable[[Tensor, Tensor], None]] = []
@@ -210,7 +223,7 @@ def _backward(
         while homecoming:
             homecoming.pop()(*own)  # type: ignore[misc]
         # What was found here about the sender's keys goes home, and what another rank found about mine comes.
-        asker = (r - step) % size
+        asker, _ = job.partners(step)
         ranges = job.wanted(asker, r)
         room = k.new_empty(*k.shape[:2], sum(b - a for a, b in ranges), sum(widths))
         sends = [(sender, torch.cat(d_pair, -1).to(k.dtype))] if pair else []
@@ -264,7 +277,7 @@ def _rows(held: tuple[Range, ...], ranges: tuple[Range, ...]) -> list[slice]:
 def _arrivals(k: Tensor, v: Tensor, job: Job) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Each rank's wanted keys and values, my own first; the next are on their way while one is worked on.
 
-    In step t come those of rank r + t; of a rank that holds nothing to see, an empty pair.
+    In which order, `Job.partners` says; of a rank that holds nothing to see, an empty pair.
     """
     wire = job.wire
     r, size, widths = wire.rank, wire.size, [k.shape[3], v.shape[3]]
@@ -276,13 +289,13 @@ def _arrivals(k: Tensor, v: Tensor, job: Job) -> Iterator[tuple[int, tuple[Tenso
     if job.gather:
         missing = max(job.keys.lengths) - k.shape[2]
         parts = wire.all_gather(pad(torch.cat([k, v], -1), (0, 0, 0, missing)))
-        for sender in ((r + step) % size for step in range(size)):
+        for sender in (job.partners(step)[1] for step in range(size)):
             found = parts[sender][:, :, : job.keys.lengths[sender]].split(widths, -1)
             yield sender, found if job.keys.lengths[sender] else ()
         return
 
     def start(step: int) -> tuple[int, Tensor, Callable[[], None]]:
-        to, sender = (r - step) % size, (r + step) % size
+        to, sender = job.partners(step)
         room = k.new_empty(*k.shape[:2], sum(b - a for a, b in job.wanted(r, sender)), sum(widths))
         sends = [(to, torch.cat(pick(to), -1))] if job.wanted(to, r) else []
         return sender, room, wire.exchange(sends, [(sender, room)] if room.shape[2] else [])

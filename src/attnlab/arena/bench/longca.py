@@ -20,6 +20,7 @@ MASKS = (*STATIC, *DYNAMIC)
 @register(
     Card(
         name="longca",
+        system="longca",
         title="Long-Context Attention Benchmark: From Kernel Efficiency to Distributed Context Parallelism",
         paper="2510.17896",
         family="benchmark",

@@ -105,7 +105,9 @@ def _spread(case: dict, length: int, index: int, ranks: int) -> dict:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
         if method == LASP2:
             return scale.scan(q, k, v, mesh=mesh, layout=layout)
-        return scale.attend(q, k, v, mesh=mesh, method=method, layout=layout, pattern=where)
+        window = ranks // 2 if method == "double ring" else None
+        named = "ring" if window else method
+        return scale.attend(q, k, v, mesh=mesh, method=named, layout=layout, pattern=where, window=window)
 
     run = _both(call, mine)
     run()

@@ -13,7 +13,7 @@ from attnlab.arena.bench.longca import DYNAMIC, MASKS
 from attnlab.arena.bench.ranks import LASP2, TORCHS
 
 TITLE = "sequences spread over ranks, forward and backward"
-METHODS = ("ring", "allgather", "ulysses", "usp", LASP2)
+METHODS = ("ring", "double ring", "allgather", "ulysses", "usp", LASP2)
 ALONE = "one process"
 STATE = "state"
 LENGTHS = {"small": (1024, 4096), "medium": (4096, 16_384), "long": (16_384, 65_536)}
@@ -48,7 +48,7 @@ def cases(
             if (method == LASP2) != (mask == STATE):
                 continue
             for count in ranks:
-                if method == "usp" and count < 4:  # of two groups of two at the least
+                if method in ("usp", "double ring") and (count < 4 or count % 2):  # two groups of two at the least
                     continue
                 name = f"{method} × {count}"
                 found.append({"mask": mask, "method": method, "ranks": count, "operator": name, **shared})
