@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -204,7 +205,11 @@ class Tap:
         for s in active:
             if s.where.heads is not None:
                 s.where.head_list(event)
-            s.before(event)
+            if _overrides(s, "before"):
+                before = replace(event)
+                s.before(event)
+                if event.changed:
+                    _sound(s, event, before)
         out = self._by_hand(event, active) if any(map(_by_hand, active)) else event.run()
         for s in active:
             out = _same(s, event, "output", s.output(event, out), out)
@@ -253,6 +258,29 @@ def _same(who: Subscriber, event: Event, what: str, new: Any, old: Tensor) -> Te
             f"got {tuple(new.shape)}"
         )
     return new if new.dtype is old.dtype else new.to(old.dtype)
+
+
+def _sound(who: Subscriber, event: Event, before: Event) -> None:
+    """Raise ValueError where what an edit has put into a call cannot be computed, or hides all from a query."""
+    q, k, v, mask = event.q.shape, event.k.shape, event.v.shape, event.mask
+    at = f"{type(who).__name__}.before must"
+    if q != before.q.shape or v[-1:] != before.v.shape[-1:]:
+        wanted = f"keep q of {tuple(before.q.shape)} and values of {before.v.shape[-1]}"
+        raise ValueError(f"{at} {wanted} at {event.name}, got q {tuple(q)} and v {tuple(v)}")
+    if len(k) != 4 or k[:3] != v[:3] or (k[0], k[3]) != (q[0], q[3]) or not k[1] or q[1] % k[1]:
+        raise ValueError(
+            f"{at} give keys and values that q {tuple(q)} can look at in {event.name}, got k {tuple(k)}, v {tuple(v)}"
+        )
+    if mask is None or mask is before.mask:
+        return
+    whole = torch.Size((*q[:3], k[2]))
+    if mask.dim() > 4 or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(whole), strict=False)):
+        raise ValueError(f"{at} give a mask for {tuple(whole)} at {event.name}, got {tuple(mask.shape)}")
+    hidden = ~event.allowed().any(-1)
+    if bool(hidden.any()) and k == before.k.shape:
+        hidden = hidden & before.allowed().any(-1)
+    if bool(hidden.any()):
+        raise ValueError(f"{type(who).__name__} hides every key from a query of {event.name}")
 
 
 class _Calls(TorchFunctionMode):
