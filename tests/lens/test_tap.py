@@ -450,6 +450,54 @@ def test_edits_that_break_the_call_are_refused(x):
         state(x)
 
 
+@pytest.mark.parametrize(
+    ("field", "change", "said"),
+    [
+        ("q", lambda e: e.q[:, :2], r"keep q of \(2, 4, 6, 4\)"),
+        ("q", lambda e: e.q[:, :, :3], r"keep q of \(2, 4, 6, 4\)"),
+        ("v", lambda e: e.v[..., :3], "values of 4"),
+        ("k", lambda e: e.k[:, :, :3], r"keys and values .* k \(2, 4, 3, 4\)"),
+        ("mask", lambda e: torch.ones(3, 7, dtype=torch.bool), r"a mask for \(2, 4, 6, 6\) at first, got \(3, 7\)"),
+        ("mask", lambda e: torch.zeros(6, dtype=torch.bool), "hides every key from a query of first"),
+        ("mask", lambda e: torch.full((6, 6), -math.inf), "hides every key from a query of first"),
+    ],
+)
+def test_what_an_edit_puts_into_a_call_must_fit_and_show_something(x, field, change, said):
+    class Puts(lens.Edit):
+        def before(self, event):
+            setattr(event, field, change(event))
+
+    model = Two()
+    before = model(x)
+    with lens.steer(model, Puts(layers=0)), pytest.raises(ValueError, match=f"Puts.*{said}"):
+        model(x)
+    assert clean(model) and torch.equal(model(x), before)
+
+
+def test_choices_of_nothing_or_of_another_type_are_refused(x):
+    model = Two()
+    for wrong, error, said in (
+        (dict(layers=slice(5, 9)), ValueError, r"slice\(5, 9, None\).* do not attend .*0 first, 1 second"),
+        (dict(heads=slice(7, 9)), ValueError, "none in .*there are 0 to 3"),
+        (dict(heads=[1.5]), TypeError, "heads of first"),
+        (dict(heads="a"), TypeError, "heads of first"),
+        (dict(layers=[1.5]), TypeError, "layers are"),
+        (dict(layers=1.5), TypeError, "layers are"),
+        (dict(layers=[]), ValueError, "chooses nothing"),
+        (dict(heads=[]), ValueError, "chooses nothing"),
+        (dict(tokens=[]), ValueError, "tokens must"),
+        (dict(grid=4), ValueError, "grid must"),
+        (dict(prefix=-1), ValueError, "prefix must"),
+        (dict(keep="stats", sinks=-1), ValueError, "sinks must"),
+        (dict(dtype=torch.int8), ValueError, "dtype must"),
+    ):
+        with pytest.raises(error, match=said), lens.watch(model, **wrong):
+            model(x)
+    with pytest.raises(TypeError, match=r"edits must be Edits, got .*Ablate"), lens.steer(model, lens.Ablate):
+        model(x)
+    assert clean(model)
+
+
 def test_a_replaced_pattern_runs_fused_and_right(x):
     class Narrow(lens.Edit):
         def before(self, event):

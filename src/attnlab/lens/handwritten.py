@@ -32,7 +32,7 @@ class HandWritten:
             return
         for arg in args:
             alive = self._weights.get(id(arg))
-            if alive is None or alive() is not arg:
+            if alive is None or not isinstance(arg, Tensor) or alive() is not arg:
                 continue
             if func in _PRODUCT:
                 self.found = name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -46,10 +46,10 @@ def steer(model: nn.Module, edits: Subscriber | Sequence[Subscriber]) -> Iterato
         TypeError: something among `edits` is none. ValueError, from the model's call: a layer or head that does not
         exist (which do is said), an edit that changes a shape or hides every key from a query.
     """
-    listed = [edits] if isinstance(edits, Subscriber) else list(edits)
+    listed = list(edits) if isinstance(edits, Iterable) else [edits]
     for edit in listed:
         if not isinstance(edit, Subscriber):
-            raise TypeError(f"edits must be Edits, got {type(edit).__name__}")
+            raise TypeError(f"edits must be Edits, got {edit if isinstance(edit, type) else type(edit).__name__}")
     leave = join(model, *listed)
     try:
         yield

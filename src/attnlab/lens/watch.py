@@ -55,8 +55,20 @@ def watch(
         raise ValueError(f"keep must be 'weights', 'stats', 'outputs' or a function of (event, output), got {keep!r}")
     if keep == "stats" and not detach:
         raise ValueError("detach=False wants keep='weights', 'outputs' or a function: statistics carry no gradient")
-    if grid is not None and (not grid or any(not isinstance(n, int) or n < 1 for n in grid)):
+    if grid is not None and (
+        not isinstance(grid, Sequence) or not grid or any(not isinstance(n, int) or n < 1 for n in grid)
+    ):
         raise ValueError(f"grid must be positive integers (height, width), got {grid!r}")
+    for name, count in (("prefix", prefix), ("sinks", sinks)):
+        if count is not None and (not isinstance(count, int) or count < 0):
+            raise ValueError(f"{name} must be 0 or more, got {count!r}")
+    if tokens is not None and (not isinstance(tokens, Sequence) or not len(tokens)):
+        raise ValueError(f"tokens must be labels of the keys, or a list of them for each of the batch, got {tokens!r}")
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ValueError(f"dtype must be a torch.dtype of floating point, got {dtype!r}")
+    for name, choice in (("layers", layers), ("heads", heads)):
+        if isinstance(choice, Sequence) and not len(choice):
+            raise ValueError(f"{name}={choice!r} chooses nothing to watch")
     if prefix is None and grid is not None:
         said = getattr(model, "num_prefix_tokens", None)
         prefix = said if isinstance(said, int) else None

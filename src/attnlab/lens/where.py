@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,10 @@ def chosen(choice: Choice, count: int, what: str) -> list[int]:
         return list(range(count))
     if isinstance(choice, slice):
         return list(range(count))[choice]
-    wanted = [choice] if isinstance(choice, int) else [int(i) for i in choice]
+    try:
+        wanted = [index(i) for i in ([choice] if isinstance(choice, int) else choice)]
+    except TypeError as error:
+        raise TypeError(f"{what} chosen by an index, several, or a slice, got {choice!r}") from error
     wrong = [i for i in wanted if not -count <= i < count]
     if wrong:
         raise ValueError(f"{what} {', '.join(map(str, wrong))} not there: there are 0 to {count - 1}")
@@ -45,12 +49,15 @@ class Where:
         if layers is None or callable(layers) or isinstance(layers, slice):
             self.layers = layers
         else:
-            self.layers = [layers] if isinstance(layers, int | str) else list(layers)
+            given = [layers] if isinstance(layers, int | str) or not isinstance(layers, Iterable) else list(layers)
+            if not all(isinstance(w, str) or hasattr(w, "__index__") for w in given):
+                raise TypeError(f"layers are ordinals, names, a slice or a function of the event, got {layers!r}")
+            self.layers = [w if isinstance(w, str) else index(w) for w in given]
         self.heads, self.queries, self.keys, self.steps = (
             x if x is None or isinstance(x, int | slice) else list(x) for x in (heads, queries, keys, steps)
         )
-        given = [] if self.steps is None or isinstance(self.steps, slice) else self.steps
-        if any(s < 0 for s in ([given] if isinstance(given, int) else given)):
+        numbers = [] if self.steps is None or isinstance(self.steps, slice) else self.steps
+        if any(s < 0 for s in ([numbers] if isinstance(numbers, int) else numbers)):
             raise ValueError(f"steps must be 0 or more (nobody knows the last one), got {steps!r}")
 
     def layer(self, event: Event, expected: Sequence[str]) -> bool:
@@ -82,18 +89,25 @@ class Where:
 
     def check(self, names: Sequence[str]) -> None:
         """Raise ValueError if a layer that is asked for is not among `names`, those that have attended."""
-        if not isinstance(self.layers, list):
+        wrong: list[Any]
+        if isinstance(self.layers, slice):
+            wrong = [] if range(*self.layers.indices(len(names))) else [self.layers]
+        elif isinstance(self.layers, list):
+            wrong = [
+                w for w in self.layers
+                if not (any(fnmatchcase(n, w) for n in names) if isinstance(w, str) else -len(names) <= w < len(names))
+            ]  # fmt: skip
+        else:
             return
-        wrong = [
-            w for w in self.layers
-            if not (any(fnmatchcase(n, w) for n in names) if isinstance(w, str) else -len(names) <= w < len(names))
-        ]  # fmt: skip
         if wrong:
             there = ", ".join(f"{i} {n}" for i, n in enumerate(names))
             raise ValueError(f"layers {wrong} do not attend in this model; those that do: {there}")
 
     def head_list(self, event: Event) -> list[int]:
-        return chosen(self.heads, event.heads, f"heads of {event.name}:")
+        found = chosen(self.heads, event.heads, f"heads of {event.name}:")
+        if isinstance(self.heads, slice) and not found:
+            raise ValueError(f"heads of {event.name}: none in {self.heads}: there are 0 to {event.heads - 1}")
+        return found
 
     def region(self, event: Event) -> Tensor:
         """The chosen pairs: bool, broadcastable to `(B, H, Nq, Nk)`."""
