@@ -307,6 +307,15 @@ def test_bad_input_is_named_and_the_model_stays_as_it_was(timm, llama, ids) -> N
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_was_undone_is_not_explained(timm) -> None:
+    model, images = vit(timm, depth=1), torch.randn(1, 3, 64, 64)
+    for what in (Full(), "gated"):
+        swapped = swap(model, what)
+        swapped.undo()
+        with pytest.raises(ValueError, match="undone"):
+            swapped.explain(images)
+
+
 def test_undoing_twice_is_undoing_once(timm) -> None:
     model = vit(timm)
     swapped = swap(model, Full())

@@ -63,6 +63,10 @@ class MechanismSwap(Swap):
             handle.remove()
         self._pairs, self._handles = [], []
 
+    @property
+    def holds(self) -> bool:
+        return bool(self._pairs)
+
     def _switch(self, on: bool) -> None:
         for parent, child, old, new in self._pairs:
             setattr(parent, child, new if on else old)

@@ -65,6 +65,10 @@ class PatternSwap(Swap, Subscriber):
         if leave is not None:
             leave()
 
+    @property
+    def holds(self) -> bool:
+        return self._leave is not None
+
     def _switch(self, on: bool) -> None:
         self._on = on
 

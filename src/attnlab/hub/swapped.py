@@ -47,6 +47,11 @@ class Swap:
         """Leave the model as it was before; what has been undone stays so."""
         raise NotImplementedError
 
+    @property
+    def holds(self) -> bool:
+        """Whether it has not been undone."""
+        raise NotImplementedError
+
     def _switch(self, on: bool) -> None:
         raise NotImplementedError
 
@@ -59,6 +64,8 @@ class Swap:
     @torch.no_grad()
     def explain(self, *probe: Any, **keywords: Any) -> Difference:
         """Run the model on a probe as it was and as it is, with the same randomness: FLOPs saved, output changed."""
+        if not self.holds:
+            raise ValueError("the swap has been undone: explain it while it holds")
         found: list[Any] = []
         flops = []
         at = torch.random.get_rng_state()
