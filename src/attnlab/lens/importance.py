@@ -64,8 +64,8 @@ def head_importance(
                 names=[prune.names[layer] for layer in order],
             )  # fmt: skip
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
