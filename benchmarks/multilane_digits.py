@@ -5,7 +5,9 @@
 A small ViT first learns to tell eight of the digits, and loses its classifier; then, from images in which only two
 digits per task are labelled, the last two of them new to it, each method learns task by task. Prints the mean average
 precision over the classes seen, after the last task and on average over the tasks: a lane per task, one lane for all
-tasks, and fine-tuning everything. About a minute on one thread.
+tasks, and fine-tuning everything. About a minute on one thread. Found with --steps 25, after the last task (and on
+average): a lane per task 0.429 (0.437), one lane 0.396 (0.407), fine-tuning 0.386 (0.469), which learns faster and
+forgets; with 50 steps a lane per task has 0.519 (0.585).
 """
 
 from __future__ import annotations
