@@ -154,11 +154,12 @@ def _photographs(side: int, held_out: int) -> tuple[Tensor, Tensor]:
     data = need("skimage.data", "data", "the task cab-sr-ns")
     rng, parts = np.random.default_rng(3), []
     for names, count in zip(_PHOTOS, (1024, held_out), strict=True):
-        views = []
-        for i in range(count):
-            image = getattr(data, names[i % len(names)])()
+        views, photographs = [], []
+        for image in (getattr(data, name)() for name in names):
             grey = image[..., :3].mean(-1) if image.ndim == 3 else image
-            small = F.avg_pool2d(torch.from_numpy(np.array(grey, np.float32))[None], 2)
+            photographs.append(F.avg_pool2d(torch.from_numpy(np.array(grey, np.float32))[None], 2))
+        for i in range(count):
+            small = photographs[i % len(names)]
             y, x = (int(rng.integers(n - side + 1)) for n in small.shape[1:])
             views.append(small[:, y : y + side, x : x + side].round().byte())
         parts.append(torch.stack(views))

@@ -20,14 +20,14 @@ from attnlab.arena.tasks.cab.voices import SYMBOLS, Speech, read_ljspeech, synth
 
 _FRAMES = {TINY: 96, MEDIUM: 256, PAPER: 560}  # LJSpeech has 559 on average
 _MELS = {TINY: Mel(8000, 256, 100, 32), MEDIUM: Mel(16_000, 512, 200, 64), PAPER: Mel(22_050, 1024, 256, 80)}
-_COUNT = {TINY: (160, 24), MEDIUM: (600, 64)}
+_COUNT = {TINY: (160, 24), MEDIUM: (240, 32)}
 
 
 def _budgets(tokens: Callable[[int], int], *, steps: int) -> dict[str, Budget]:
     tiny, medium, paper = (tokens(n) for n in _FRAMES.values())
     return {
         TINY: Budget(70_000, depth=2, steps=steps, batch=8, length=tiny, learning_rate=4e-3, examples=24),
-        MEDIUM: Budget(2_000_000, depth=4, steps=4_000, batch=16, length=medium, learning_rate=1e-3, examples=64),
+        MEDIUM: Budget(2_000_000, depth=4, steps=4_000, batch=16, length=medium, learning_rate=1e-3, examples=32),
         PAPER: Budget(40_000_000, depth=6, steps=200_000, batch=48, length=paper, learning_rate=5e-4, examples=523),
     }
 

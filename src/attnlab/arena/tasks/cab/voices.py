@@ -74,7 +74,7 @@ def _sound(phones: Tensor, mel: Mel, generator: torch.Generator) -> Tensor:
         off = (hertz[:, None] - formants[:, :, None]) / widths
         return (torch.tensor([1.0, 0.6, 0.35])[:, None, None] / (1 + off.square())).sum(1)
 
-    harmonics = torch.arange(1, 1 + int(mel.rate / 2 / 100))[:, None]
+    harmonics = torch.arange(1, 41)[:, None]
     at = harmonics * pitch[:, None]
     strength = torch.where(at < 0.48 * mel.rate, resonance(at) * voice[:, None] / harmonics.sqrt(), 0.0)
     strength = F.interpolate(strength, size=samples, mode="linear")
