@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from attnlab.lens import Record
@@ -205,6 +206,28 @@ def test_another_file_is_refused_with_what_is_wrong_with_it(tmp_path):
         save_file(load_file(path), tmp_path / "y", {"format": "attnlab.record", **metadata})
         with pytest.raises(ValueError, match=wrong):
             Record.load(tmp_path / "y")
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda own: own.update(what="maps"), "it holds 'maps', not weights, outputs"),
+        (lambda own: own["calls"][0].update(layer="x"), "call 0 is not numbered"),
+        (lambda own: own["calls"][0].update(nq=9), "holds .* for 3 heads, 9 queries and 4 keys"),
+        (lambda own: own["calls"][0].update(heads=[0]), "for 1 heads, 4 queries and 4 keys"),
+        (lambda own: own["calls"][0].update(total=2), r"heads \[0, 1, 2\] of 2"),
+    ],
+)
+def test_what_does_not_fit_together_in_a_file_is_said_when_it_is_read(tmp_path, change, wrong):
+    path = tmp_path / "x.safetensors"
+    Record("weights", [entry()]).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    own = json.loads(metadata["record"])
+    change(own)
+    save_file(load_file(path), path, {**metadata, "record": json.dumps(own)})
+    with pytest.raises(ValueError, match=f"a damaged record: .*{wrong}"):
+        Record.load(path)
 
 
 def test_it_says_what_it_holds():

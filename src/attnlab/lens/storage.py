@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from attnlab.lens.record import Entry, Record
 
 _FORMAT, _VERSION = "attnlab.record", "1"
+# How many axes behind the batch are heads, queries and keys; statistics are per query or per key.
+_AXES = {"weights": 3, "outputs": 2, "stats": 1, "values": 0}
 
 
 def write(record: Record, path: str | Path) -> None:
@@ -50,6 +52,27 @@ def read(path: str | Path) -> Record:
             Entry(**{**call, "heads": tuple(call["heads"]), "kept": {n: tensors[f"{i}.{n}"] for n in call["kept"]}})
             for i, call in enumerate(calls)
         ]
-        return Record(own.pop("what"), entries, **own)
+        record = Record(own.pop("what"), entries, **own)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is a damaged record: {type(error).__name__} {error}") from error
+    wrong = _wrong(record)
+    if wrong:
+        raise ValueError(f"{path} is a damaged record: {wrong}")
+    return record
+
+
+def _wrong(record: Record) -> str:
+    """What does not fit together in a record that was read; "" if all does."""
+    if record.what not in _AXES:
+        return f"it holds {record.what!r}, not {', '.join(_AXES)}"
+    for i, e in enumerate(record.entries):
+        numbers = (e.layer, e.index, e.step, e.total, e.nq, e.nk, e.offset, *e.heads)
+        if not isinstance(e.name, str) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+            return f"call {i} is not numbered"
+        if not all(h < e.total for h in e.heads):
+            return f"it holds heads {list(e.heads)} of {e.total} in {e.name}"
+        sizes = (len(e.heads), e.nq, e.nk)[: _AXES[record.what]]
+        if sizes and any(x.shape[1 : 1 + len(sizes)] != sizes for x in e.kept.values()):
+            shapes = ", ".join(str(tuple(x.shape)) for x in e.kept.values())
+            return f"of {e.name} it holds {shapes} for {len(e.heads)} heads, {e.nq} queries and {e.nk} keys"
+    return ""
