@@ -63,9 +63,10 @@ def test_a_corrupt_checkpoint_is_refused(case, suffix: str, tmp_path: Path) -> N
         torch.save(case[1], path)
     else:
         shutil.copy(GOLDEN, path)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=str(path.name)):
-        attnlab.hub.load_official(case[0], path)
+    for bytes_there in (path.read_bytes()[:200], b"hello", b"not a checkpoint", b""):
+        path.write_bytes(bytes_there)
+        with pytest.raises(ValueError, match=str(path.name)):
+            attnlab.hub.load_official(case[0], path)
 
 
 def test_another_networks_checkpoint_is_refused_by_name(case, tmp_path: Path) -> None:

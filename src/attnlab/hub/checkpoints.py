@@ -50,7 +50,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} is corrupt, or holds more than tensors and was refused: {error}") from error
     return _tensors(content, path)
 
