@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from attnlab.hub.host import Host, Rows, padded, tensor_host
 from attnlab.hub.placed import Asked
 from attnlab.hub.spelling import Where, read_pattern
+from attnlab.patterns import Pattern
 
 NAME = "attnlab"
 # What other implementations of transformers take and this one does not.
@@ -162,6 +163,8 @@ def attention(
         if attention_mask is not None and attention_mask.is_floating_point():
             position_bias = attention_mask if position_bias is None else position_bias + attention_mask
         host = tensor_host(attention_mask, causal, len(query), query.shape[2], key.shape[2])
+    if isinstance(where, Pattern):
+        where.check(host.nq + host.offset, host.nk)
     out = host.attend(query, key, value, where, scale=scaling, dropout=dropout, bias=position_bias)
     return out.transpose(1, 2).contiguous(), None
 
