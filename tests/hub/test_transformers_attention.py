@@ -162,7 +162,7 @@ def test_what_cannot_be_done_is_refused_by_name(hf, ids) -> None:
     for pattern, error, words in [
         ("Window(", ValueError, "does not spell a pattern"),
         ("Neighborhood((8, 8), 3)", ValueError, "holds 64 tokens"),
-        ("Neighborhood((2, 2), 3)", ValueError, "holds 4 tokens"),
+        ("Neighborhood((3, 3), 3)", ValueError, "holds 9 tokens"),
         (3, TypeError, "must be text"),
         (["Window(4)"], ValueError, "none for layer 1"),
     ]:
