@@ -85,15 +85,17 @@ def test_language_models_of_union_attention(tmp_path) -> None:
 
 
 @torch.no_grad()
-def test_torchvision_transformers_with_infinite_attention(tmp_path) -> None:
-    sizes = dict(dim=16, depth=2, heads=2, image=32, patch=8, num_classes=3, linear=False)
+@pytest.mark.parametrize("dense", [True, False])
+def test_torchvision_transformers_with_infinite_attention(tmp_path, dense) -> None:
+    sizes = dict(dim=16, depth=2, heads=2, image=32, patch=8, num_classes=3, linear=False, dense=dense)
     ours = scattered(attnlab.build("infvit", **sizes))
     own = ours.state_dict()
     theirs = {
         "class_token": own["class_token"].view(1, 1, -1),
         "encoder.pos_embedding": own["positions.table"].unsqueeze(0),
     }
-    pairs = {"conv_proj": "patches", "encoder.ln": "encoder.norm", "heads.head": "head"}
+    pairs = {"conv_proj": "patches", "encoder.ln": "encoder.norm"}
+    pairs |= {"heads.pre_logits": "head.0", "heads.head": "head.2"} if dense else {"heads.head": "head"}
     for i in range(2):
         layer, block = f"encoder.layers.encoder_layer_{i}.", f"encoder.blocks.{i}."
         pairs |= {f"{layer}ln_{k}": f"{block}norm{k}" for k in (1, 2)}

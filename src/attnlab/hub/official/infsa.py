@@ -110,6 +110,9 @@ class ConvertedViT:
                 found[name] = tensor
         for block, attention in layers.items():
             found |= {f"{block}.mixer.{n}": t for n, t in InfSAAttention.rename(attention).items()}
+        if any(name.startswith("heads.pre_logits.") for name in params):  # the dense layer before the head
+            found = {re.sub(r"^head\.", "head.2.", n): t for n, t in found.items()}
+            found = {n.replace("heads.pre_logits.", "head.0."): t for n, t in found.items()}
         return flat(found)
 
     @staticmethod
@@ -125,6 +128,7 @@ class ConvertedViT:
             in_channels=channels,
             mlp_ratio=arguments["mlp_dim"] / dim,
             num_classes=len(params["heads.head.weight"]),
+            dense="heads.pre_logits.weight" in params,
         )
         load(model, ConvertedViT.rename(params))
         return model.eval()
