@@ -394,4 +394,3 @@ def test_a_function_mode_sees_the_call_as_one():
         out = attend(Q, Q, Q, pattern=Window(4))
     assert calls == [attend]
     assert torch.equal(out, attend(Q, Q, Q, pattern=Window(4)))
-

@@ -44,9 +44,7 @@ def test_a_length_that_would_take_too_long_is_left_out():
 def test_a_length_that_would_not_fit_is_refused_with_the_estimate(monkeypatch):
     monkeypatch.setattr("attnlab.arena.memory.available", lambda device: 2**30)
     before = [Point(100, 0.01, memory=2**28)]
-    assert (
-        measure.too_much(before, 400, 2.0, 10.0, "cpu") == "would need about 4.0 GiB of memory, and 1.0 GiB are free"
-    )
+    assert measure.too_much(before, 400, 2.0, 10.0, "cpu") == "would need about 4.0 GiB of memory, and 1.0 GiB are free"
     assert measure.too_much(before, 100, 2.0, 10.0, "cpu") == ""
 
 
