@@ -79,7 +79,7 @@ def test_articles_and_their_summaries_are_read(tmp_path, monkeypatch):
         assert it.held_out[0][0][:4] == ["a", "cat", "sat", "."]
         assert "newline_char" not in it.vocabulary.words
     (tmp_path / "test.tgt").write_text("one line\n")
-    with pytest.raises(ValueError, match="test.tgt 1; as many are wanted"):
+    with pytest.raises(ValueError, match=r"test\.tgt 1; as many are wanted"):
         loaded("cab-sum-cs", tmp_path, monkeypatch, length=24)
 
 
@@ -194,5 +194,5 @@ def test_a_date_is_told_by_its_clock(tmp_path):
     np.testing.assert_allclose(dates, [[0.5, 5 / 6 - 0.5, 0.5, 0.5]])  # a Saturday
     assert clock([]).size == 0
     (tmp_path / "t.csv").write_text("time,v\n")
-    with pytest.raises(ValueError, match="first column .* must be 'date'"):
+    with pytest.raises(ValueError, match=r"first column .* must be 'date'"):
         read_table(tmp_path / "t.csv")
