@@ -160,7 +160,7 @@ def test_compare_stops_at_ctrl_c_with_what_it_has(tmp_path):
     import time
 
     command = [sys.executable, "-m", "attnlab.cli", "compare", "--load", str(TOYS), "--tasks", "sums"]
-    command += ["--mechanisms", "toy_slow", "--seeds", "9", "--workers", "1", "--out", str(tmp_path)]
+    command += ["--mechanisms", "toy_slow", "--seeds", "40", "--workers", "1", "--out", str(tmp_path)]
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

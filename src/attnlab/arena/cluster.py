@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.arena.jobs import Job, failed, load_files
-from attnlab.arena.pool import Event
+from attnlab.arena.pool import Event, side_by_side
 
 _TRIES = 3  # of a trial whose worker dies, before the trial is held to be what kills it
 _LISTEN_EVERY = 0.5  # seconds
@@ -27,8 +27,6 @@ def connect(address: str, workers: int | None = None) -> int:
     if not ray.is_initialized():
         options: dict[str, Any] = dict(log_to_driver=False, configure_logging=False)
         if address == "local":
-            from attnlab.arena.study import side_by_side
-
             ray.init(address="local", num_cpus=workers or side_by_side("cpu"), include_dashboard=False, **options)
         else:
             try:

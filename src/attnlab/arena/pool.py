@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
+from attnlab.arena import memory
 from attnlab.arena.jobs import Job, failed
 
 _REPORT_EVERY = 0.1  # seconds
@@ -54,6 +55,18 @@ def perform(jobs: Iterable[Job], *, workers: int, threads: int, load: Sequence[s
     finally:
         for worker in pool:
             worker.stop()
+
+
+def side_by_side(device: str) -> int:
+    """How many trials to run at a time: one on a GPU, else one per core as long as each has 2 GiB."""
+    if device.startswith("cuda"):
+        return 1
+    return max(1, min(cores(), memory.available("cpu") // 2**31))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sqlite3
 import sys
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 
 from attnlab import __version__, cards
-from attnlab.arena import bench, cluster, jobs, measure, memory
+from attnlab.arena import bench, cluster, jobs, measure
 from attnlab.arena.jobs import Job
 from attnlab.arena.network import NONE, refuses, takes_part
-from attnlab.arena.pool import Event, perform
+from attnlab.arena.pool import Event, cores, perform, side_by_side
 from attnlab.arena.store import Store, Study
 from attnlab.arena.task import CAUSAL, GRID, SELF, Task, find_task, tasks
 
@@ -245,18 +244,6 @@ def missing(wanted: Sequence[Job], store: Store) -> list[Job]:
     """The jobs without a result that lasts."""
     have = store.results()
     return [job for job in wanted if have.get(job.key, {}).get("status") not in _FINAL]
-
-
-def side_by_side(device: str) -> int:
-    """How many trials to run at a time: one on a GPU, else one per core as long as each has 2 GiB."""
-    if torch.device(device).type == "cuda":
-        return 1
-    return max(1, min(cores(), memory.available("cpu") // 2**31))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions(device: str) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,16 @@ from attnlab.scan import scan
 from attnlab.weightings import SOFTMAX, Weighting
 from attnlab.weightings import weighting as as_weighting
 
-if TYPE_CHECKING:
-    from attnlab.lens.tap import Frame
-
 Handle = Callable[[Event], Tensor]
+
+
+class Frame(NamedTuple):
+    """A module whose forward is running, and what it was called with."""
+
+    name: str
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
 
 
 def scaled_dot_product(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnlab.attend import attend
 from attnlab.lens import calls
+from attnlab.lens.calls import Frame
 from attnlab.lens.event import Event
 from attnlab.lens.handwritten import HandWritten, complaint
 from attnlab.lens.subscriber import Handle, Subscriber
@@ -28,15 +29,6 @@ from attnlab.nn.decode import attend_one
 from attnlab.scan import scan
 
 __all__ = ["Subscriber", "Tap", "join", "tap"]
-
-
-class Frame(NamedTuple):
-    """A module whose forward is running, and what it was called with."""
-
-    name: str
-    module: nn.Module
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
 
 
 class _Thread(threading.local):
