@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,8 +162,10 @@ def test_compare_stops_at_ctrl_c_with_what_it_has(tmp_path):
 
     command = [sys.executable, "-m", "attnlab.cli", "compare", "--load", str(TOYS), "--tasks", "sums"]
     command += ["--mechanisms", "toy_slow", "--seeds", "40", "--workers", "1", "--out", str(tmp_path)]
+    # A shell's background jobs, and so these tests in one, begin deaf to Ctrl-C.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hears
     )
     until, lines = time.monotonic() + 120, []
     while not any(line.startswith("[2/") for line in lines):
