@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 import attnlab
+from attnlab.torchvision_schemas import declare
 
 
 def load_timm() -> Any:
@@ -28,15 +28,7 @@ def load_timm() -> Any:
     import asks for are enough for timm.
     """
     try:
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:
-            library = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            load_timm.library = library  # type: ignore[attr-defined]  # the schemas live as long as it does
+        declare()
         import timm
     except ImportError as error:
         return str(error)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attnlab.hub.official import find
 from attnlab.models.pointing.ptrnet import permutation
 from attnlab.patterns import Causal
+from attnlab.torchvision_schemas import declare
 
 Call = Callable[..., Any]
 
@@ -106,17 +107,7 @@ def lenient_import(name: str) -> Any:
 
 def transformers() -> Any:
     """transformers; torchvision's compiled operators, which it imports, need not load."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        transformers.library = library  # type: ignore[attr-defined]  # the schemas live as long as it does
+    declare()
     return importlib.import_module("transformers")
 
 

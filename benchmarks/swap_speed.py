@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from attnlab.hub import register_transformers, swap
 from attnlab.patterns import Neighborhood, PowersOfTwo
+from attnlab.torchvision_schemas import declare
 
 CLOCK = time.perf_counter
 Best = dict[str, dict[str, float]]  # what is timed → whose it is → seconds
@@ -61,6 +62,7 @@ def report(best: Best, wanted: dict[str, float]) -> None:
 
 @torch.no_grad()
 def vision(model: str, image: int, kernel: int, rounds: int) -> None:
+    declare()
     import timm
 
     net = timm.create_model(model, img_size=image, depth=2).eval()

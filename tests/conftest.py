@@ -1,10 +1,11 @@
 """What all tests share: one thread each (they run side by side), a fixed seed, and the folder of golden files."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from attnlab.torchvision_schemas import declare
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,23 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def torchvision_schemas() -> torch.library.Library | None:
-    """What an import of torchvision needs: its compiled operators do not load beside a CPU build of torch.
-
-    timm and transformers import torchvision where it is installed; for them two schemas are enough.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        return library  # kept by this fixture: its schemas go with it
-    return None
+def torchvision_schemas() -> None:
+    """timm and transformers import torchvision where it is installed, whose operators may be for another torch."""
+    declare()
 
 
 @pytest.fixture(scope="session")

@@ -235,3 +235,10 @@ def test_it_says_what_it_holds():
     assert record.bytes == 2 * 2 * 3 * 4 * 4 * 4
     assert repr(record) == "Record(weights of Tiny: 2 layers × 3 heads, 1 step, 4 keys, 768 B)"
     assert "0 layers" in repr(Record("weights"))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path) -> None:
+    from attnlab.lens.record import Record
+
+    with pytest.raises(FileNotFoundError, match="no folder for the record file"):
+        Record("weights").save(tmp_path / "none" / "record.safetensors")

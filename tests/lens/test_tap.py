@@ -237,3 +237,29 @@ def test_nothing_is_installed_before_somebody_subscribes(x):
     with lens.tap(model):
         assert clean(model)  # so that it costs nothing
         model(x)
+
+
+def test_edited_scores_reach_the_parts_that_are_merged_by_their_lse(x):
+    class Parts(Attend):
+        """Attention over the first keys and over the others, merged."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, (k, v) = self.wq(x), self.wkv(x).chunk(2, -1)
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+            parts = [attnlab.attend(q, k[:, :, s], v[:, :, s], return_lse=True) for s in (slice(0, 2), slice(2, None))]
+            return self.wo(attnlab.merge(parts)[0].transpose(1, 2).flatten(2))
+
+    class First(lens.Edit):
+        """Three more on the scores of the first key of all."""
+
+        def scores(self, event, scores):
+            more = torch.zeros_like(scores)
+            more[..., 0] = 3.0 * (event.index == 0)
+            return scores + more
+
+    whole, parts = Attend(), Parts()
+    parts.load_state_dict(whole.state_dict())
+    with lens.steer(whole, First()):
+        wanted = whole(x)
+    with lens.steer(parts, First()):
+        torch.testing.assert_close(parts(x), wanted, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,6 @@ import copy
 import itertools
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from rank_faults import ALONE, dies, hangs, interrupted, loss_of  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +24,7 @@ from attnlab.arena.memory import peak
 from attnlab.models.skeletons.decoder import Decoder
 from attnlab.patterns import Causal, Documents, Window
 from attnlab.scale import Layout
+from attnlab.torchvision_schemas import declare
 
 
 def same(a, b, tolerance=1e-10):
@@ -96,12 +97,6 @@ def scans(world):
             if a is not None:
                 same(a.grad, layout.shard(b.grad, me, 2))
         assert scale.traffic(group).calls["all_gather"] == 2
-
-
-def loss_of(model, ids):
-    out = model(ids)
-    logits = out.logits if hasattr(out, "logits") else out
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def networks():
@@ -310,80 +305,6 @@ def refusals(world):
         raise AssertionError("a selective scan is not spread")
 
 
-def fault(kind, lost):
-    """Rank `lost` dies or hangs in the third step; every other rank learns who it is, in time."""
-    model = Decoder(vocabulary=50, dim=32, depth=1, heads=4)
-    parallel = scale.parallelize(model, dist.group.WORLD)
-    ids = torch.randint(50, (2, 33), generator=torch.Generator().manual_seed(0))
-    path = Path(os.environ["FOLDER"]) / f"{kind}.time"
-    try:
-        with scale.watch(dist.group.WORLD, timeout=TIMEOUT):
-            for step in range(1000):
-                if step == 2 and dist.get_rank() == lost:
-                    path.write_text(str(time.time()))
-                    if kind == "hangs":
-                        time.sleep(1.2 * TIMEOUT)
-                    os._exit(9)
-                parallel.loss(parallel(ids), ids).backward()
-                parallel.average_gradients()
-    except scale.RankLost as error:
-        assert error.ranks == (lost,), error
-        assert f"rank {lost} lost" in str(error)
-        took = time.time() - float(path.read_text())
-        assert took < TIMEOUT, f"after {took:.1f} s"
-    else:
-        raise AssertionError("nobody was missed")
-
-
-def dies(world):
-    fault("dies", 0)
-
-
-def hangs(world):
-    fault("hangs", 2)
-
-
-def interrupted(world):
-    """Training goes on from the last checkpoint, in new processes, to where it would have come."""
-    ids = torch.randint(50, (8, 2, 33), generator=torch.Generator().manual_seed(0))
-
-    def new():
-        torch.manual_seed(2)
-        model = Decoder(vocabulary=50, dim=32, depth=1, heads=4).double()  # AdamW makes much of rounding
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-    folder = Path(os.environ["FOLDER"]) / "interrupted"
-    first = not (folder / "begun").exists()
-    dist.barrier()
-    folder.mkdir(exist_ok=True)
-    (folder / "begun").touch()
-    model, optimizer = new()
-    parallel = scale.parallelize(model, dist.group.WORLD)
-    begin = scale.resume(folder, model, optimizer)["step"]
-    assert begin == (0 if first else 4)
-    with scale.watch(dist.group.WORLD, timeout=TIMEOUT):
-        for step in range(begin, len(ids)):
-            if first and step == 5 and dist.get_rank() == 1:
-                os._exit(9)
-            optimizer.zero_grad()
-            parallel.loss(parallel(ids[step]), ids[step]).backward()
-            parallel.average_gradients()
-            optimizer.step()
-            if step % 2 == 1:
-                scale.save(folder, step + 1, model, optimizer)
-    alone, plain = new()
-    for batch in ids:
-        plain.zero_grad()
-        loss_of(alone, batch).backward()
-        plain.step()
-    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
-        assert (a - b).abs().max() < 1e-8 * b.abs().max()
-
-
-TIMEOUT = 8.0
-ALONE = ("dies", "hangs", "interrupted")  # each in processes of its own, which it may lose
-
-
 def start(rank, world, folder, names, port):
     torch.set_num_threads(1)
     os.environ.update(FOLDER=str(folder))
@@ -416,16 +337,7 @@ def launch(folder, world, names):
 
 
 def main(folder, world, *names):
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pass
-    except RuntimeError:  # its operators do not load beside a CPU build of torch
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
+    declare()
     if "models" in names:
         try:
             import transformers

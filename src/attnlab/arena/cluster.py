@@ -6,7 +6,7 @@ import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,31 @@ _TRIES = 3  # of a trial whose worker dies, before the trial is held to be what 
 _LISTEN_EVERY = 0.5  # seconds
 
 
-def connect(address: str, workers: int | None = None) -> int:
-    """Join the cluster at `address`, or start one on this machine ("local"); how many trials it takes side by side.
+def connect(address: str, workers: int | None = None) -> Callable[[], None]:
+    """Join the cluster at `address`, or start one on this machine ("local"); what is returned leaves it again.
+
+    A program that is in a cluster already stays in it: `address` must then be its own, or "auto".
 
     Raises:
-        ImportError: naming the extra, without Ray. ConnectionError: there is no cluster at `address`.
+        ImportError: naming the extra, without Ray. ConnectionError: there is no cluster at `address`, or the program
+            is in another.
     """
     ray = _ray()
-    if not ray.is_initialized():
-        options: dict[str, Any] = dict(log_to_driver=False, configure_logging=False)
-        if address == "local":
-            ray.init(address="local", num_cpus=workers or side_by_side("cpu"), include_dashboard=False, **options)
-        else:
-            try:
-                _knock(address)
-                ray.init(address=address, **options)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise ConnectionError(f"ray: no cluster answers at {address!r} ({error})") from None
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    if ray.is_initialized():
+        own = ray.get_runtime_context().gcs_address
+        if address not in ("auto", own):
+            raise ConnectionError(f"ray: this program is in the cluster at {own!r}, and {address!r} is another")
+        return lambda: None
+    options: dict[str, Any] = dict(log_to_driver=False, configure_logging=False)
+    if address == "local":
+        ray.init(address="local", num_cpus=workers or side_by_side("cpu"), include_dashboard=False, **options)
+    else:
+        try:
+            _knock(address)
+            ray.init(address=address, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConnectionError(f"ray: no cluster answers at {address!r} ({error})") from None
+    return ray.shutdown
 
 
 def _knock(address: str) -> None:
@@ -42,11 +49,6 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
-
-
-def leave() -> None:
-    """Leave the cluster; one that was started here ends."""
-    _ray().shutdown()
 
 
 def perform(jobs: Iterable[Job], *, threads: int, load: Sequence[str] = ()) -> Iterator[Event]:

@@ -223,11 +223,11 @@ def run(
         if ray is None or not todo:
             yield from perform(todo, workers=workers, threads=1, load=plan.load)
             return
-        cluster.connect(ray, workers)
+        leave = cluster.connect(ray, workers)
         try:
             yield from cluster.perform(todo, threads=1, load=plan.load)
         finally:
-            cluster.leave()
+            leave()
 
     def sweeps() -> Iterator[Event]:
         todo = missing(plan.sweeps + plan.measurements, store)

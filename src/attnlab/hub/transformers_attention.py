@@ -181,6 +181,9 @@ def pattern_of(module: nn.Module) -> Where | None:
         layer = getattr(module, "layer_idx", None)
         if layer is None or not 0 <= layer < len(given):
             raise ValueError(f"attnlab_pattern has {len(given)} entries, and none for layer {layer}")
+        layers = getattr(config, "num_hidden_layers", len(given))
+        if len(given) > layers:
+            raise ValueError(f"attnlab_pattern has {len(given)} entries, and the model {layers} layers")
         given = given[layer]
     if given is None:
         return None

@@ -183,7 +183,7 @@ def attended(
     out = handle(event)
     if not return_lse:
         return out
-    return out, kept[0] if kept else event.scores().logsumexp(-1)
+    return out, kept[0] if kept else event.scores().logsumexp(-1) if event.lse is None else event.lse
 
 
 def attended_one(

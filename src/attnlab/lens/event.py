@@ -60,6 +60,7 @@ class Event:
     state: Tensor | None = None
     native: Callable[[], Tensor] | None = field(default=None, repr=False)  # the call as the model made it
     computed: Tensor | None = field(default=None, repr=False)  # its weights, where they have been computed and edited
+    lse: Tensor | None = field(default=None, repr=False)  # of its scores `(B, H, Nq)`, where those were edited
     last: Tensor | None = field(default=None, repr=False)  # a scan's last state, from who computed it instead
 
     def __post_init__(self) -> None:

@@ -18,6 +18,8 @@ _AXES = {"weights": 3, "outputs": 2, "stats": 1, "values": 0}
 
 def write(record: Record, path: str | Path) -> None:
     """Tensors are named by the number of their call; all the rest is JSON in the metadata."""
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"no folder for the record file: {Path(path).parent}")
     own = {n: getattr(record, n) for n in ("what", "tokens", "grid", "prefix", "sinks", "model")}
     calls = [{**asdict(replace(e, kept={})), "kept": list(e.kept)} for e in record.entries]
     tensors = {

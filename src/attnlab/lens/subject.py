@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from attnlab.torchvision_schemas import declare
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.index.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -241,32 +242,11 @@ def _fill(subject: Subject, path: Path) -> None:
 
 def imported(name: str, extra: str) -> ModuleType:
     """The package, or ImportError with the extra that brings it."""
-    _torchvision()
+    declare()
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"this needs the package {name!r}: pip install 'attnlab[{extra}]'") from error
-
-
-_schemas: list[Any] = []
-
-
-def _torchvision() -> None:
-    """Both packages import torchvision where there is one; its operators may be built for another torch than this.
-
-    Then two declarations, without the operators, let it be imported.
-    """
-    try:
-        importlib.import_module("torchvision")
-    except ImportError:
-        pass
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _schemas.append(library)  # the declarations go with it
 
 
 def _quiet(package: Any) -> None:

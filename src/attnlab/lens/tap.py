@@ -224,7 +224,7 @@ class Tap:
                     scores = _same(s, event, "scores", s.scores(event, scores), scores)
                     if bool(((scores == -math.inf).all(-1) & ~blind).any()):
                         raise ValueError(f"{type(s).__name__} hides every key from a query of {event.name}")
-            weights = event.weigh(scores)
+            weights, event.lse = event.weigh(scores), scores.logsumexp(-1)
         for s in active:
             if _overrides(s, "weights"):
                 weights = _same(s, event, "weights", s.weights(event, weights), weights)

@@ -44,7 +44,7 @@ class Ablate(Edit):
             return self.put(event, torch.zeros_like(out), out)
         if self.how == "mean":
             return self.put(event, self._mean(event, out).to(out).expand_as(out), out)
-        seen = event.allowed().expand(1, 1, out.shape[2], event.k.shape[2]) if _flat(event) else event.allowed()
+        seen = event.allowed().expand(-1, -1, -1, event.k.shape[2])
         v = event.v.repeat_interleave(event.heads // event.v.shape[1], 1)
         return self.put(event, seen.to(out) @ v / seen.sum(-1, keepdim=True).clamp_min(1), out)
 
@@ -163,8 +163,3 @@ def at_heads(edit: Callable[..., E], pairs: Iterable[Sequence[int]], **keywords:
     for layer, head in pairs:
         by_layer.setdefault(int(layer), []).append(int(head))
     return [edit(layers=layer, heads=heads, **keywords) for layer, heads in sorted(by_layer.items())]
-
-
-def _flat(event: Event) -> bool:
-    """Whether everything may be seen, and `allowed` says so with one number."""
-    return event.allowed().shape[-1] == 1

@@ -7,12 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
+from attnlab.lens.edits.heads import Ablate
 from attnlab.lens.event import Event
-from attnlab.lens.steer import Edit
 from attnlab.lens.where import Choice
 
 
-class HeadsOff(Edit):
+class HeadsOff(Ablate):
     """Disables heads, each given as (layer, head), from the second pass on: the prompt is read with all of them.
 
         uniform    out = mean of the values of all keys that the query may see: as scores of 0 give, or a query of 0
@@ -39,23 +39,14 @@ class HeadsOff(Edit):
             if layer < 0 or head < 0:
                 raise ValueError(f"heads must be (layer, head), counted from 0, got {(layer, head)}")
             self.off.setdefault(layer, []).append(head)
-        self.style = style
-        super().__init__(layers=sorted(self.off), steps=steps)
+        super().__init__(style, layers=sorted(self.off), steps=steps)
 
-    def output(self, event: Event, out: Tensor) -> Tensor:
+    def put(self, event: Event, new: Tensor, old: Tensor) -> Tensor:
         heads = self.off[event.layer]
         if max(heads) >= event.heads:
             raise ValueError(
                 f"heads of {event.name} (layer {event.layer}) are 0 to {event.heads - 1}, got {max(heads)}"
             )
-        out = out.clone()
-        if self.style == "zero":
-            out[:, heads] = 0.0
-            return out
-        # Where each may look: (B or 1, heads or 1, Nq or 1, Nk or 1).
-        seen = event.allowed().expand(-1, -1, out.shape[2], event.k.shape[2])
-        seen = seen[:, heads] if seen.shape[1] > 1 else seen
-        v = event.v[:, [h * event.kv_heads // event.heads for h in heads]]
-        share = seen.to(v.dtype) / seen.sum(-1, keepdim=True).clamp_min(1)
-        out[:, heads] = share @ v
+        out = old.clone()
+        out[:, heads] = new[:, heads]
         return out
