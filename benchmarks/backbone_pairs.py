@@ -1,0 +1,411 @@
+"""The pairs of `backbones.py`: a named size of ours, and its peer in timm or in the authors' repository."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from official_pairs import StandIn, lenient_import
+from torch import Tensor, nn
+
+import attnlab
+from attnlab.hub.official import adapter_of, find
+from attnlab.hub.renaming import Rule, load, rename
+from attnlab.torchvision_schemas import declare
+
+TIMM = "huggingface/pytorch-image-models"
+Make = Callable[[Any, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How the peer is made: `make(module, side)` of `module`, a module of timm or of a checkout of `repository`."""
+
+    make: Make
+    repository: str = TIMM
+    module: str = "timm"
+    within: str = ""  # the folder in the checkout that its own imports start from
+    ours: dict[str, Any] = field(default_factory=dict)  # keywords of ours beside the named size
+    side: int = 0  # the side of the image where it is not a free choice
+    fuse: Callable[[nn.Module], Any] | None = None  # their exact re-parameterisation for inference
+    names: tuple[Rule, ...] = ()  # from its names to those that our adapter reads
+    note: str = ""  # what is not as the authors have it
+
+    @property
+    def kind(self) -> str:
+        return "timm" if self.repository == TIMM else "the authors"
+
+
+@dataclass
+class Pair:
+    """Both networks in float32 with the same weights, as far as `off` says."""
+
+    ours: nn.Module
+    theirs: nn.Module
+    off: float | None  # how far the outputs differ, relative to the largest; None if the weights are not shared
+    note: str
+
+
+def timm() -> Any:
+    """timm; torchvision's compiled operators, which it imports, need not load."""
+    declare()
+    return importlib.import_module("timm")
+
+
+@contextlib.contextmanager
+def borrowed(peer: Peer, folder: Path | None) -> Iterator[Any]:
+    """The peer's module, of which nothing stays behind: checkouts all have a `models` and a `utils` of their own."""
+    if peer.repository == TIMM:
+        yield timm()
+        return
+    if folder is None:
+        raise ImportError(f"{peer.repository} is not there: give its checkout's folder as --official")
+    root = folder / peer.repository.split("/")[1]
+    if not root.exists():
+        raise ImportError(f"{root} is not there")
+    timm()
+    registries = [importlib.import_module(f"timm.models{name}") for name in ("", "._registry", ".registry", ".helpers")]
+    kept = [(module, module.__dict__.get("register_model")) for module in registries]
+    before, path = dict(sys.modules), list(sys.path)
+    sys.path.insert(0, str(root / peer.within))
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+    try:
+        for module in registries:  # timm's own networks keep their names
+            module.register_model = lambda function: function  # type: ignore[attr-defined]
+        sys.modules.update(SHIMS)
+        np.__dict__.update({name: kind for name, kind in (("int", int), ("float", float)) if name not in np.__dict__})
+        yield lenient_import(peer.module)
+    finally:
+        for module, register in kept:
+            module.__dict__.pop("register_model") if register is None else setattr(module, "register_model", register)
+        sys.path[:] = path
+        for name, module in list(sys.modules.items()):
+            places = (module.__dict__.get("__file__"), *module.__dict__.get("__path__", ()))
+            theirs = any(str(place).startswith(str(root)) for place in places)
+            if name not in before and (theirs or name in SHIMS or isinstance(module, StandIn)):
+                del sys.modules[name]
+        sys.modules.update({name: before[name] for name in SHIMS if name in before})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def pair(name: str, peer: Peer, side: int, folder: Path | None) -> Pair:
+    """Both networks, without stochastic depth and dropout; ours with their weights."""
+    torch.manual_seed(0)
+    with quiet(), borrowed(peer, folder) as module:
+        theirs = peer.make(module, side)
+        off_special_values(theirs, torch.randn(2, 3, side, side))
+        ours = build(name, side, peer.ours)
+        for part in (*theirs.modules(), *ours.modules()):
+            if isinstance(part, nn.modules.dropout._DropoutNd):
+                part.p = 0.0
+            elif isinstance(getattr(part, "drop_prob", None), float):
+                setattr(part, "drop_prob", 0.0)  # noqa: B010  # mypy takes it for a tensor
+        note = share(theirs, ours, peer.names)
+        off = None
+        if not note:
+            x = torch.randn(1, 3, side, side)
+            with torch.no_grad():
+                wanted, found = logits(theirs.eval()(x))[0], logits(ours.eval()(x))[0]
+            off = float((wanted - found).abs().max() / wanted.abs().max())
+    return Pair(ours, theirs, off, "; ".join(part for part in (peer.note, note) if part))
+
+
+def build(name: str, side: int, keywords: dict[str, Any]) -> nn.Module:
+    if side != 224 and "image" not in keywords:
+        with contextlib.suppress(TypeError):  # networks of any image have no such keyword
+            return attnlab.build(name, image=side, **keywords)
+    return attnlab.build(name, **keywords)
+
+
+def share(theirs: nn.Module, ours: nn.Module, names: tuple[Rule, ...]) -> str:
+    """Give ours their weights; otherwise the reason why not."""
+    adapters: list[Any] = []
+    reasons = []
+    with contextlib.suppress(ValueError):
+        adapters.append(find(TIMM, type(theirs).__name__))
+    with contextlib.suppress(ValueError):
+        adapters.append(adapter_of(type(ours)))
+    for adapter in adapters:
+        try:
+            load(ours, adapter.rename(rename(theirs.state_dict(), names)))
+            return ""
+        except (ValueError, AttributeError, KeyError) as error:
+            reasons.append(str(error))
+    return "other weights" + (f" ({reasons[-1][:160]})" if reasons else "")
+
+
+def off_special_values(net: nn.Module, x: Tensor) -> None:
+    """Move parameters off special first values, which hide differences, and let batch norms see `x` once."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad and p.numel() > 1 and p.is_floating_point() and (p == p.flatten()[0]).all():
+                p.add_(0.1 * torch.randn_like(p))
+        if norms:
+            for norm in norms:
+                norm.momentum = 1.0
+            net.train()(x)
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def logits(out: Any) -> list[Tensor]:
+    """All tensors of what a network returns."""
+    if isinstance(out, Tensor):
+        return [out] if out.is_floating_point() else []
+    if isinstance(out, dict):
+        out = out.values()
+    return (
+        [tensor for part in out for tensor in logits(part)] if isinstance(out, (tuple, list, type({}.values()))) else []
+    )
+
+
+def has_fuse(net: nn.Module) -> bool:
+    return callable(getattr(type(net), "fuse", None))
+
+
+def own_fuse(net: Any) -> Any:
+    return net.fuse()
+
+
+def fused_timm(net: nn.Module) -> nn.Module:
+    """What timm itself offers before inference."""
+    timm()
+    return importlib.import_module("timm.utils.model").reparameterize_model(net)
+
+
+# What checkouts import that is not to be had, or is for GPUs only.
+
+
+def absent_package(*_: Any) -> None:
+    raise ModuleNotFoundError("no package is asked for")
+
+
+def shim(name: str, **names: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(names)
+    return module
+
+
+def neighbors_times_values(weights: Tensor, values: Tensor, kernel_size: int, **_: Any) -> Tensor:
+    """NATTEN's `na2d_av`, which it has no longer: `(B, h, H, W, k²)`, `(B, h, H, W, D)` → `(B, h, H, W, D)`."""
+    batch, heads, height, width = values.shape[:4]
+    near = torch.arange(kernel_size)
+    rows = (torch.arange(height) - kernel_size // 2).clamp(0, height - kernel_size)[:, None] + near
+    columns = (torch.arange(width) - kernel_size // 2).clamp(0, width - kernel_size)[:, None] + near
+    places = (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(height * width, -1)
+    dense = weights.new_zeros(batch, heads, height * width, height * width)
+    dense = dense.scatter(-1, places.expand(batch, heads, -1, -1), weights.flatten(2, 3))
+    return (dense @ values.flatten(2, 3)).view(values.shape)
+
+
+SHIMS = {
+    "natten": shim("natten"),
+    "natten.functional": shim("natten.functional", na2d_av=neighbors_times_values),
+    "pkg_resources": shim(
+        "pkg_resources", get_distribution=absent_package, DistributionNotFound=ModuleNotFoundError,
+        parse_version=tuple,
+    ),
+}  # fmt: skip
+
+
+def timm_eca_resnet50(timm: Any, side: int) -> nn.Module:
+    resnet = importlib.import_module("timm.models.resnet")
+    return resnet.ResNet(resnet.Bottleneck, (3, 4, 6, 3), block_args={"attn_layer": "eca"})
+
+
+def of_timm(name: str, **keywords: Any) -> Peer:
+    """timm's network; images of another side are said to those that have to know."""
+
+    def make(timm: Any, side: int) -> nn.Module:
+        if side != 224:
+            with contextlib.suppress(TypeError):
+                return timm.create_model(name, img_size=side, **keywords)
+        return timm.create_model(name, **keywords)
+
+    return Peer(make, fuse=fused_timm)
+
+
+def named(name: str, image: str = "", **keywords: Any) -> Make:
+    """The network that the module's function `name` makes; `image` is its keyword for the side of the image."""
+    return lambda module, side: getattr(module, name)(**({image: side} if image else {}), **keywords)
+
+
+def layer_norm() -> Any:
+    return partial(nn.LayerNorm, eps=1e-6)
+
+
+def rvt(name: str) -> Make:
+    return named(name, pretrained=False, pretrained_cfg=None, num_scales=4)
+
+
+def fan(module: Any, side: int, **keywords: Any) -> nn.Module:
+    return module.FAN(
+        img_size=side, patch_size=16, embed_dim=384, depth=12, num_heads=8, eta=1.0, tokens_norm=True,
+        sr_ratio=[1] * 12, **keywords,
+    )  # fmt: skip
+
+
+def agent_swin(module: Any, side: int) -> nn.Module:
+    return module.AgentSwinTransformer(
+        img_size=side,
+        agent_num=[9, 16, 49, 49],
+        attn_type="AAAB",
+        drop_path_rate=0.0,
+        window_size=side // 4,
+    )
+
+
+def crossformer(module: Any, side: int) -> nn.Module:
+    return module.CrossFormer(
+        img_size=side, patch_size=[4, 8, 16, 32], embed_dim=64, depths=[1, 1, 8, 6], num_heads=[2, 4, 8, 16],
+        group_size=[7, 7, 7, 7], mlp_ratio=[4, 4, 4, 4], drop_path_rate=0.0, merge_size=[[2, 4], [2, 4], [2, 4]],
+    )  # fmt: skip
+
+
+def soft(module: Any, side: int) -> nn.Module:
+    layers, kernels = sys.modules["models.softmax_free_transformer"], sys.modules["SOFT.kernel.inverse"]
+
+    class Inverse(torch.autograd.Function):  # theirs, which refuses tensors that are not on a GPU
+        @staticmethod
+        def forward(ctx: Any, matrix: Tensor, steps: int) -> Tensor:
+            inverse = kernels.newton_inv(matrix, steps)
+            ctx.save_for_backward(inverse)
+            return inverse
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> Any:
+            turned = ctx.saved_tensors[0].transpose(-1, -2)
+            return -(turned @ given[0] @ turned), None
+
+    layers.newton_inverse_kernel = Inverse.apply  # type: ignore[attr-defined]
+    return module.soft_tiny(img_size=side, kernel_method="torch")
+
+
+def spikformer(module: Any, side: int) -> nn.Module:
+    node = module.MultiStepLIFNode
+    module.MultiStepLIFNode = lambda backend, **given: node(backend="torch", **given)  # theirs is for GPUs
+    try:
+        net = module.spikformer()
+    finally:
+        module.MultiStepLIFNode = node
+    return Resetting(net)
+
+
+def merged_branches(net: nn.Module) -> nn.Module:
+    for part in list(net.modules()):
+        if hasattr(part, "merge_dilated_branches"):
+            part.merge_dilated_branches()  # type: ignore[operator]
+    return net
+
+
+class Resetting(nn.Module):
+    """A spiking network that forgets before each batch."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.neurons = [m for m in net.modules() if hasattr(m, "reset") and hasattr(m, "v_threshold")]
+
+    def state_dict(self, *args: Any, **given: Any) -> Any:
+        return self.net.state_dict(*args, **given)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for neuron in self.neurons:
+            neuron.reset()  # type: ignore[operator]
+        return self.net(x)
+
+
+AGENT, TAP = "LeapLabTHU/Agent-Attention", "guoyongcs/TAPADL"
+PAIRS: dict[str, Peer] = {
+    "focalnet_tiny_srf": of_timm("focalnet_tiny_srf"),
+    "focalnet_tiny_lrf": of_timm("focalnet_tiny_lrf"),
+    "eca_resnet50": Peer(timm_eca_resnet50, ours={"kernels": (5, 5, 5, 7)}, names=((r"\.se\.", ".eca."),)),
+    "deit_small_patch16_224": of_timm("deit_small_patch16_224"),
+    "volo_d1": of_timm("volo_d1_224"),
+    "haloregnetz_b": of_timm("haloregnetz_b"),
+    "convit_small": of_timm("convit_small"),
+    "shvit_s1": of_timm("shvit_s1"),
+    "maxvit_tiny": of_timm("maxvit_tiny_tf_224"),
+    "mambaout_tiny": of_timm("mambaout_tiny"),
+    "davit_tiny": of_timm("davit_tiny"),
+    "gcvit_xxtiny": of_timm("gcvit_xxtiny"),
+    "transnext_micro": Peer(
+        named("transnext_micro", "img_size"), "DaiShiResearch/TransNeXt", "transnext", "classification"
+    ),
+    "moh_vit_small_80": Peer(named("moh_transnext_small_80", "img_size"), "SkyworkAI/MoH", "transnext", "MoH-ViT"),
+    "van_b1": Peer(named("van_b1", "img_size"), "Visual-Attention-Network/VAN-Classification", "models.van"),
+    "spectformer_s": Peer(
+        named("spectformer_s", "img_size"), "badripatro/SpectFormers", "spectformer", "hierarchical_architecture"
+    ),
+    "spectformer_vanilla_xs": Peer(
+        named("SpectFormer", "img_size", embed_dim=384, depth=12, mlp_ratio=4, norm_layer=layer_norm()),
+        "badripatro/SpectFormers", "spectformer", "vanilla_architecture",
+    ),
+    "soft_tiny": Peer(soft, "fudan-zvg/SOFT", "models.softmax_free_vision_transformer",
+                      note="their kernels for GPUs in plain PyTorch"),
+    "sgformer_small": Peer(named("sgformer_s", "img_size"), "OliverRensu/SG-Former", "sgformer"),
+    "tap_rvt_tiny": Peer(rvt("tap_rvt_tiny"), TAP, "tap_robust_models", "TAPADL_RVT"),
+    "rvt_tiny": Peer(rvt("rvt_tiny"), TAP, "robust_models", "TAPADL_RVT"),
+    "tap_fan_small_12_p16_224": Peer(
+        lambda module, side: fan(module, side, num_scales=4), TAP, "models.tap_fan", "TAPADL_FAN"
+    ),
+    "fan_small_12_p16_224": Peer(fan, TAP, "models.fan", "TAPADL_FAN"),
+    "spikformer_8_512": Peer(spikformer, "ZK-Zhou/spikformer", "model", "imagenet", side=224),
+    "vitaev2_vsa_s": Peer(named("ViTAEv2_VSA_S", "img_size"), "ViTAE-Transformer/ViTAE-VSA", "vitaev2_vsa.models",
+                          "Image-Classification"),
+    "hornet_tiny_7x7": Peer(named("hornet_tiny_7x7"), "raoyongming/HorNet", "hornet"),
+    "hornet_tiny_gf": Peer(named("hornet_tiny_gf"), "raoyongming/HorNet", "hornet"),
+    "attnet_t1": Peer(named("AttNet_T1"), "price112/Attentive-Convolution", "models.AttNet"),
+    "stvit_small": Peer(lambda m, side: m.stvit_small(types.SimpleNamespace(drop=0.0, drop_path=0.0)), "hhb072/STViT",
+                        "models.stvit"),
+    "evit_small": Peer(
+        named("EViT", "img_size", patch_size=16, embed_dim=384, depth=12, num_heads=6, fuse_token=True,
+              keep_rate=(1, 1, 1, 0.7, 1, 1, 0.7, 1, 1, 0.7, 1, 1)),
+        "youweiliang/evit", "evit",
+    ),
+    "patnet_t2": Peer(
+        named("PartialNet", embed_dim=64, depths=[2, 2, 6, 4], use_spatial_attn=False, patnet_t0=False),
+        "haiduo/PartialNet", "models.partialnet",
+    ),
+    "crossformer_tiny": Peer(crossformer, "cheerss/CrossFormer", "models.crossformer"),
+    "biformer_tiny": Peer(named("biformer_tiny"), "rayleizhu/BiFormer", "models.biformer"),
+    "dhvt_tiny_imagenet_patch16": Peer(
+        named("VisionTransformer", "img_size", patch_size=16, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4,
+              apply_dhvt=True, num_classes=1000),
+        "ArieSeirack/DHVT", "vision_transformer",
+    ),
+    "l2vit_tiny": Peer(named("L2ViT_Tiny"), "ChuanyangZheng/L2ViT", "models.l2vit", "classification"),
+    "agent_deit_tiny": Peer(named("VisionTransformer", "img_size", patch_size=16, embed_dim=192, depth=12, num_heads=3,
+                                  agent_num=[49] * 12), AGENT, "models.agent_deit", "agent_transformer"),
+    "agent_swin_tiny": Peer(agent_swin, AGENT, "models.agent_swin", "agent_transformer"),
+    "agent_pvt_tiny": Peer(named("agent_pvt_tiny", "img_size", agent_num=[9, 16, 49, 49], attn_type="AAAA",
+                                 agent_sr_ratios="1111"), AGENT, "models.agent_pvt", "agent_transformer"),
+    "overlock_xt": Peer(named("overlock_xt"), "LMMMEng/OverLoCK", "models.overlock", fuse=merged_branches,
+                        note="NATTEN's kernel in plain PyTorch"),
+}  # fmt: skip
+
+WITHOUT_PEER = {
+    "nat, dinat": "the authors' networks ask for NATTEN before 0.20, which had tables of relative positions",
+    "stepnet": "the authors have published no code",
+    "vim2": "the authors have published no code of this network",
+}
