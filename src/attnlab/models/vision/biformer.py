@@ -12,6 +12,7 @@ from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
 from attnlab.models.skeletons.local_mlp import LocalMLP
 from attnlab.models.skeletons.parts import MLP, ConvStem, Downsample, Norm, NormFirst
 from attnlab.models.skeletons.pyramid import Block, Place, Pyramid
+from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.multihead import MultiHead
 from attnlab.nn.sparse.bilevel_routing import BilevelRouting
 
@@ -38,7 +39,7 @@ class FullAttention(MultiHead):
 
     def __init__(self, dim: int, *, heads: int = 8, local: int = 5) -> None:
         super().__init__(dim, heads=heads, out_bias=True)
-        self.lepe = nn.Conv2d(dim, dim, local, padding=local // 2, groups=dim) if local else None
+        self.lepe = DepthwiseConv(dim, local) if local else None
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, grid: Any = None, **keywords: Any) -> Tensor:
         self.refuse(context=context, **keywords)
@@ -133,7 +134,7 @@ class BiFormer(Pyramid):
             """The mixer of a block and the layout that it wants."""
             dim, count = place.dim, topk[place.stage]
             if count == CONVOLUTION:
-                names = (nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 5, padding=2, groups=dim), nn.Conv2d(dim, dim, 1))
+                names = (nn.Conv2d(dim, dim, 1), DepthwiseConv(dim, 5), nn.Conv2d(dim, dim, 1))
                 return nn.Sequential(*names), "NCHW"
             if count in (FULL, FULL_WITH_LOCAL):
                 return FullAttention(dim, local=local if count == FULL_WITH_LOCAL else 0), "tokens"

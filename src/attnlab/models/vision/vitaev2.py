@@ -13,6 +13,7 @@ from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
 from attnlab.models.skeletons.parts import MLP, ChannelNorm, DropPath
 from attnlab.models.skeletons.pyramid import Block, Place, Pyramid
 from attnlab.models.vision.nat import Merging
+from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.spatial.varied_window import VariedWindowAttention
 
 _TITLE = "VSA: Learning Varied-Size Window Attention in Vision Transformers"
@@ -40,7 +41,7 @@ class NormalCell(nn.Module):
     ) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.positions = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.positions = DepthwiseConv(dim, 7)
         self.norm1, self.norm2 = ChannelNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attention = VariedWindowAttention(dim, heads=heads, window=window)
         self.convs = convolutions((dim, hidden, dim, dim), groups)
@@ -86,7 +87,7 @@ class ReductionCell(nn.Module):
             for d in dilations
         )
         seen, inner = hidden * len(dilations), 2 * out_dim if wide else hidden
-        self.positions = nn.Conv2d(seen, seen, 7, padding=3, groups=seen)
+        self.positions = DepthwiseConv(seen, 7)
         self.norm1, self.norm2 = ChannelNorm(seen), nn.LayerNorm(out_dim)
         self.attention = VariedWindowAttention(seen, heads=heads, window=window, out_dim=out_dim)
         halvings = stride.bit_length() - 1
@@ -273,7 +274,7 @@ class SwinVSA(Pyramid):
                 VariedWindowAttention(place.dim, heads=heads[place.stage], window=window),
                 mlp=mlp_ratio,
                 drop_path=place.drop_path,
-                local=nn.Conv2d(place.dim, place.dim, 7, padding=3, groups=place.dim),
+                local=DepthwiseConv(place.dim, 7),
             )
 
         dims = [dim * 2**stage for stage in range(len(depths))]

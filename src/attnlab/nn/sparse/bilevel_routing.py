@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, EXACT, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.nn.depthwise import DepthwiseConv
 from attnlab.nn.mechanism import Mechanism, check_grid, check_heads
 from attnlab.patterns import Pattern
 from attnlab.routing import Partition, Routed
@@ -108,7 +109,7 @@ class BilevelRouting(Mechanism):
         self.wqkv = nn.Linear(dim, 2 * self.qk_dim + dim)
         self.wo = nn.Linear(dim, dim) if output else nn.Identity()
         self.router = nn.Linear(self.qk_dim, self.qk_dim) if param_routing else nn.Identity()
-        self.lepe = nn.Conv2d(dim, dim, local, padding=local // 2, groups=dim) if local else None
+        self.lepe = DepthwiseConv(dim, local) if local else None
 
     def forward(
         self,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
+from attnlab.nn.depthwise import DepthwiseConv
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -68,7 +69,12 @@ class FocalModulation(nn.Module):
         self.wqcg = nn.Linear(dim, 2 * dim + levels + 1, bias=bias)  # rows: query | context | gates
         kernels = [window + factor * level for level in range(levels)]
         conv = _CONVOLUTIONS[spatial]
-        self.convs = nn.ModuleList(conv(dim, dim, k, padding=k // 2, groups=dim, bias=False) for k in kernels)
+        self.convs = nn.ModuleList(
+            DepthwiseConv(dim, k, bias=False)
+            if spatial == 2
+            else conv(dim, dim, k, padding=k // 2, groups=dim, bias=False)
+            for k in kernels
+        )
         self.wm = nn.Linear(dim, dim, bias=bias)
         self.norm = nn.LayerNorm(dim) if post_norm else None
         self.wo = nn.Linear(dim, dim)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
+from attnlab.nn.depthwise import DepthwiseConv
 
 
 @register(
@@ -43,9 +44,7 @@ class GatedCNN(nn.Module):
             raise ValueError(f"conv_ratio must lie between 0 and expansion = {expansion:.3g}, got {conv_ratio}")
         self.dim, self.hidden, self.convolved = dim, hidden, convolved
         self.fc1 = nn.Linear(dim, 2 * hidden)
-        self.conv = (
-            nn.Conv2d(convolved, convolved, kernel, padding=kernel // 2, groups=convolved) if convolved else None
-        )
+        self.conv = DepthwiseConv(convolved, kernel) if convolved else None
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:

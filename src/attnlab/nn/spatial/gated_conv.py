@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
-from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.depthwise import DepthwiseConv, depthwise
 
 
 @register(
@@ -123,7 +123,7 @@ class RecursiveGatedConv(nn.Module):
             return self.filter(q, scale=self.scale)
         weight, bias = self.filter.weight * self.scale, self.filter.bias
         bias = None if bias is None else bias * self.scale
-        return F.conv2d(q, weight, bias, padding=self.filter.padding, groups=self.filter.groups)
+        return depthwise(q, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim or 0 in x.shape:

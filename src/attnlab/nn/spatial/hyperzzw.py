@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
+from attnlab.nn.depthwise import depthwise
 from attnlab.nn.spatial.slow_net import LocalSlowNet, SlowNet
 
 
@@ -101,7 +102,7 @@ class LocalBranch(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        y = F.conv2d(x, self.slow(context), padding=self.slow.kernel // 2, groups=x.shape[1])
+        y = depthwise(x, self.slow(context))
         return F.gelu(self.norm(self.mixer(y))) + self.bias
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
+from attnlab.nn.depthwise import DepthwiseConv
 
 
 @register(
@@ -33,9 +34,9 @@ class LocalConcentration(nn.Module):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {kernel}")
         self.dim = dim
-        self.conv1 = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.conv1 = DepthwiseConv(dim, kernel)
         self.norm = nn.BatchNorm2d(dim)
-        self.conv2 = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.conv2 = DepthwiseConv(dim, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim or 0 in x.shape:
