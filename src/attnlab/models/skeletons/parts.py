@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from attnlab.nn.conv_norm import ConvNorm as ConvNorm
+from attnlab.nn.two_layers import two_layers
 
 Norm = Callable[[int], nn.Module]
 
@@ -38,7 +39,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+        if self.training and self.dropout.p:
+            return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+        return two_layers(x, self.fc1, self.act, self.fc2)
 
 
 class DropPath(nn.Module):
