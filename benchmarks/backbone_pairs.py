@@ -219,6 +219,7 @@ def neighbors_times_values(weights: Tensor, values: Tensor, kernel_size: int, **
 
 
 SHIMS = {
+    "causal_conv1d": shim("causal_conv1d", causal_conv1d_fn=None, causal_conv1d_update=None),
     "natten": shim("natten"),
     "natten.functional": shim("natten.functional", na2d_av=neighbors_times_values),
     "pkg_resources": shim(
@@ -301,14 +302,96 @@ def soft(module: Any, side: int) -> nn.Module:
     return module.soft_tiny(img_size=side, kernel_method="torch")
 
 
+class Around(nn.Module):
+    """A network called in another way; its weights keep their names."""
+
+    def __init__(self, net: nn.Module, run: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.run = net, run
+
+    def state_dict(self, *args: Any, **given: Any) -> Any:
+        return self.net.state_dict(*args, **given)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self.net, x)
+
+
 def spikformer(module: Any, side: int) -> nn.Module:
     node = module.MultiStepLIFNode
     module.MultiStepLIFNode = lambda backend, **given: node(backend="torch", **given)  # theirs is for GPUs
-    try:
-        net = module.spikformer()
-    finally:
-        module.MultiStepLIFNode = node
-    return Resetting(net)
+    net = module.spikformer()
+    neurons = [part for part in net.modules() if isinstance(part, node)]
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        for neuron in neurons:  # which remember, from batch to batch
+            neuron.reset()
+        return net(x)
+
+    return Around(net, run)
+
+
+def sparsifiner(module: Any, side: int) -> nn.Module:
+    space = types.SimpleNamespace
+    scores = space(USE_TOPK=True, THRESHOLD=1e-4)
+    spar = space(
+        BASIS_THRESHOLD=0.02, BASIS_COEF=space(USE_TOPK=True, TOPK=8, THRESHOLD=0.05), ATTN_SCORE=scores,
+        PRUNE_ATTN_MATRIX_ROW=False, OUT_BASIS_SPARSITY=False, OUT_BASIS_COEF_SPARSITY=False,
+        OUT_ATTN_MASK_SPARSITY=False,
+    )  # fmt: skip
+    net = module.Sparsifiner(
+        img_size=side, embed_dim=192, num_heads=3, attn_keep_rate_list=[0.25] * 12, token_keep_rate_list=[1.0] * 12,
+        token_pruning_loc_indicator=[False] * 12, reduce_n_factor=6,
+        cfg=space(SPAR=spar, LOSS=space(USE_ATTN_RECON=False)),
+    )  # fmt: skip
+    wanted = ("x", "features", "approx_attn_list")
+    return Around(net, lambda net, x: [net(x)] if not net.training else pick(net(x), wanted))
+
+
+def pick(out: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
+    return [out[name] for name in names]
+
+
+def spartan(module: Any, side: int) -> nn.Module:
+    return module.SpaRTAN(1000, 4, [3, 3, 12, 2], [4, 4, 2, 2], [64, 128, 256], 32)
+
+
+def ninformer(module: Any, side: int) -> nn.Module:
+    class Images(module.NiNformer):
+        """As in their training script, which cannot be imported without training."""
+
+        def __init__(self) -> None:
+            super().__init__(256, 512, 64, 4, 0.0)
+            self.patcher, self.classifier = nn.Conv2d(3, 256, 4, 4), nn.Linear(256, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.patcher(x).permute(0, 2, 3, 1).flatten(1, 2)
+            return self.classifier(self.model(tokens).mean(1))
+
+    return Images()
+
+
+def infvit(module: Any, side: int, variant: str) -> nn.Module:
+    home = importlib.import_module("torchvision.models.vision_transformer")
+    net = home.VisionTransformer(side, 16, 4, 16, 1024, 4096, representation_size=1024)
+    return module.convert(net, variant=variant, inplace=True, verbose=False)
+
+
+def roma(module: Any, side: int) -> nn.Module:
+    scans = sys.modules["utils_mamba.selective_scan_interface"]
+    sys.modules["mamba_simple"].selective_scan_fn = scans.selective_scan_ref  # type: ignore[attr-defined]
+    net = module.VisionMamba(
+        img_size=side, patch_size=16, embed_dim=192, depth=12, dec_embed_dim=512, if_abs_pos_embed=True,
+        drop_path_rate=0.0, ssm_cfg={"use_fast_path": False},
+    )  # fmt: skip
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        """The encoder, row by row as they fine-tune it."""
+        x = net.patch_embed(x) + net.pos_embed
+        for layer in net.layers:
+            x = layer(x)
+        return net.norm_4(x).mean(1)
+
+    return Around(net, run)
 
 
 def merged_branches(net: nn.Module) -> nn.Module:
@@ -318,21 +401,10 @@ def merged_branches(net: nn.Module) -> nn.Module:
     return net
 
 
-class Resetting(nn.Module):
-    """A spiking network that forgets before each batch."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.neurons = [m for m in net.modules() if hasattr(m, "reset") and hasattr(m, "v_threshold")]
-
-    def state_dict(self, *args: Any, **given: Any) -> Any:
-        return self.net.state_dict(*args, **given)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for neuron in self.neurons:
-            neuron.reset()  # type: ignore[operator]
-        return self.net(x)
+def patnet(module: Any, side: int) -> nn.Module:
+    net = module.PartialNet(embed_dim=64, depths=[2, 2, 6, 4], use_spatial_attn=False, patnet_t0=False)
+    net.__dict__["fused_by"] = importlib.import_module("utils.fuse_conv_bn").fuse_conv_bn
+    return net
 
 
 AGENT, TAP = "LeapLabTHU/Agent-Attention", "guoyongcs/TAPADL"
@@ -384,8 +456,7 @@ PAIRS: dict[str, Peer] = {
         "youweiliang/evit", "evit",
     ),
     "patnet_t2": Peer(
-        named("PartialNet", embed_dim=64, depths=[2, 2, 6, 4], use_spatial_attn=False, patnet_t0=False),
-        "haiduo/PartialNet", "models.partialnet",
+        patnet, "haiduo/PartialNet", "models.partialnet", fuse=lambda net: net.__dict__["fused_by"](net)
     ),
     "crossformer_tiny": Peer(crossformer, "cheerss/CrossFormer", "models.crossformer"),
     "biformer_tiny": Peer(named("biformer_tiny"), "rayleizhu/BiFormer", "models.biformer"),
@@ -400,12 +471,29 @@ PAIRS: dict[str, Peer] = {
     "agent_swin_tiny": Peer(agent_swin, AGENT, "models.agent_swin", "agent_transformer"),
     "agent_pvt_tiny": Peer(named("agent_pvt_tiny", "img_size", agent_num=[9, 16, 49, 49], attn_type="AAAA",
                                  agent_sr_ratios="1111"), AGENT, "models.agent_pvt", "agent_transformer"),
+    "eca_mobilenetv2": Peer(named("eca_mobilenet_v2"), "BangguWu/ECANet", "models.eca_mobilenetv2"),
+    "sparsifiner_tiny": Peer(sparsifiner, "lim142857/Sparsifiner", "models.sparsifiner", "src"),
+    "spartan": Peer(spartan, "henry-pay/SpaRTAN", "model.spartan", "src"),
+    "ninformer": Peer(ninformer, "Abdullah-88/NiNformer", "ninformer", side=32),
+    "infvit_4": Peer(partial(infvit, variant="pure_infsa"), "giorgioroffo/infinite-self-attention", "infsa"),
+    "linear_infvit_4": Peer(partial(infvit, variant="linear_infsa"), "giorgioroffo/infinite-self-attention", "infsa"),
+    "roma_tiny": Peer(roma, "MiliLab/RoMA", "models_mamba", "RoMA", ours={"num_classes": 0},
+                      note="their selective scan for GPUs in its own plain form"),
     "overlock_xt": Peer(named("overlock_xt"), "LMMMEng/OverLoCK", "models.overlock", fuse=merged_branches,
                         note="NATTEN's kernel in plain PyTorch"),
 }  # fmt: skip
 
 WITHOUT_PEER = {
+    "dependencyvit": "the authors' repository holds no code",
+    "dynamicvis": "its scan is compiled for GPUs alone",
+    "minimal_transformer": "there is no code of the authors",
     "nat, dinat": "the authors' networks ask for NATTEN before 0.20, which had tables of relative positions",
+    "s2aformer": "the authors have published no code",
+    "spikformer_v2": "the authors have published the first version only, which has a row",
     "stepnet": "the authors have published no code",
-    "vim2": "the authors have published no code of this network",
+    "swin_vsa": "the authors have published ViTAEv2-VSA only, which has a row",
+    "terminator": "the authors' repository lacks the network",
+    "tic": "the authors have published the operator only",
+    "union_vit": "the authors' code has no named size of it",
+    "vim2": "the authors have published no code",
 }

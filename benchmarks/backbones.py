@@ -169,10 +169,8 @@ def main() -> None:
     done = {(r["name"], r["image"], r["batch"], r["work"]) for r in rows}
     reasons = dict(WITHOUT_PEER) if not options.only else {}
     print(f"{'backbone':<27} {'peer':<12} {'work':<32} {'ours':>9} {'theirs':>9} theirs/ours   off by")
-    for name, size in itertools.product(chosen, options.image):
+    for name, size in [(n, s) for n in chosen for s in ([PAIRS[n].side] if PAIRS[n].side else options.image)]:
         peer = PAIRS[name]
-        if peer.side and peer.side != size:
-            continue
         wanted = [w for w in itertools.product(works, options.batch) if (name, size, w[1], w[0]) not in done]
         if not wanted:
             continue
