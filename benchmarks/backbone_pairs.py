@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import attnlab
 from attnlab.hub.official import adapter_of, find
 from attnlab.hub.renaming import Rule, load, rename
+from attnlab.models.skeletons.parts import DropPath
 from attnlab.torchvision_schemas import declare
 
 TIMM = "huggingface/pytorch-image-models"
@@ -116,16 +117,19 @@ def pair(name: str, peer: Peer, side: int, folder: Path | None) -> Pair:
         for part in (*theirs.modules(), *ours.modules()):
             if isinstance(part, nn.modules.dropout._DropoutNd):
                 part.p = 0.0
+            elif isinstance(part, DropPath):
+                part.rate = 0.0
             elif isinstance(getattr(part, "drop_prob", None), float):
                 setattr(part, "drop_prob", 0.0)  # noqa: B010  # mypy takes it for a tensor
         note = share(theirs, ours, peer.names)
-        off = None
-        if not note:
-            x = torch.randn(1, 3, side, side)
-            with torch.no_grad():
-                wanted, found = logits(theirs.eval()(x))[0], logits(ours.eval()(x))[0]
-            off = float((wanted - found).abs().max() / wanted.abs().max())
+        off = None if note else difference(ours, theirs, torch.randn(1, 3, side, side))
     return Pair(ours, theirs, off, "; ".join(part for part in (peer.note, note) if part))
+
+
+def difference(ours: nn.Module, theirs: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        wanted, found = logits(theirs.eval()(x))[0], logits(ours.eval()(x))[0]
+    return float((wanted - found).abs().max() / wanted.abs().max())
 
 
 def build(name: str, side: int, keywords: dict[str, Any]) -> nn.Module:
@@ -401,12 +405,6 @@ def merged_branches(net: nn.Module) -> nn.Module:
     return net
 
 
-def patnet(module: Any, side: int) -> nn.Module:
-    net = module.PartialNet(embed_dim=64, depths=[2, 2, 6, 4], use_spatial_attn=False, patnet_t0=False)
-    net.__dict__["fused_by"] = importlib.import_module("utils.fuse_conv_bn").fuse_conv_bn
-    return net
-
-
 AGENT, TAP = "LeapLabTHU/Agent-Attention", "guoyongcs/TAPADL"
 PAIRS: dict[str, Peer] = {
     "focalnet_tiny_srf": of_timm("focalnet_tiny_srf"),
@@ -456,7 +454,8 @@ PAIRS: dict[str, Peer] = {
         "youweiliang/evit", "evit",
     ),
     "patnet_t2": Peer(
-        patnet, "haiduo/PartialNet", "models.partialnet", fuse=lambda net: net.__dict__["fused_by"](net)
+        named("PartialNet", embed_dim=64, depths=[2, 2, 6, 4], use_spatial_attn=False, patnet_t0=False),
+        "haiduo/PartialNet", "models.partialnet",
     ),
     "crossformer_tiny": Peer(crossformer, "cheerss/CrossFormer", "models.crossformer"),
     "biformer_tiny": Peer(named("biformer_tiny"), "rayleizhu/BiFormer", "models.biformer"),

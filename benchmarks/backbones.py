@@ -29,15 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone_pairs import PAIRS, WITHOUT_PEER, Pair, Peer, has_fuse, logits, own_fuse, pair
+from backbone_pairs import PAIRS, WITHOUT_PEER, Pair, Peer, difference, has_fuse, logits, own_fuse, pair
 from torch import nn
 
 Row = dict[str, Any]
+Clock = Callable[[], float]
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
 FUSED = "inference, fused"
 
 
-def in_turns(calls: list[Callable[[], object]], seconds: float, clock: Callable[[], float]) -> list[float]:
+def in_turns(calls: list[Callable[[], object]], seconds: float, clock: Clock) -> list[float]:
     """The shortest time of each call in milliseconds; they take turns, so that a busy moment hits all of them."""
     shortest = [math.inf] * len(calls)
     begin, rounds = time.perf_counter(), 0
@@ -78,19 +79,17 @@ def fused(net: nn.Module, how: Callable[[nn.Module], Any] | None) -> nn.Module:
     return result if isinstance(result, nn.Module) else net
 
 
-def measure(
-    found: Pair, peer: Peer, work: str, batch: int, size: int, seconds: float, clock: Callable[[], float]
-) -> list[float]:
-    """The times of ours and of theirs."""
-    nets = [found.ours, found.theirs]
+def measure(found: Pair, peer: Peer, work: str, x: torch.Tensor, seconds: float, clock: Clock) -> Row:
+    """The times of ours and of theirs, and how far their outputs differ."""
+    nets, off = [found.ours, found.theirs], found.off
     if work == FUSED:
         nets = [fused(found.ours, own_fuse), fused(found.theirs, peer.fuse)]
-    x = torch.randn(batch, 3, size, size)
+        off = None if off is None else difference(nets[0], nets[1], x)
     make = train if work == "training" else infer
-    times = in_turns([make(net, x) for net in nets], seconds, clock)
+    ours, theirs = in_turns([make(net, x) for net in nets], seconds, clock)
     for net in nets:
         net.zero_grad()
-    return times
+    return dict(ours=ours, theirs=theirs, off=off)
 
 
 def means(rows: list[Row]) -> list[str]:
@@ -186,18 +185,18 @@ def main() -> None:
                 continue
             what = f"{work}, {size}², batch {batch}"
             try:
-                ours, theirs = measure(found, peer, work, batch, size, options.seconds, clock)
+                x = torch.randn(batch, 3, size, size)
+                row: Row = dict(
+                    name=name, kind=peer.kind, repository=peer.repository, work=work, image=size, batch=batch
+                )
+                row |= measure(found, peer, work, x, options.seconds, clock) | {"note": found.note}
             except Exception as error:  # a size that one of the two does not take
                 print(f"{name:<27} {peer.kind:<12} {what:<32} {in_words(error)}", flush=True)
                 continue
-            rows.append(
-                dict(
-                    name=name, kind=peer.kind, repository=peer.repository, work=work, image=size, batch=batch,
-                    ours=ours, theirs=theirs, off=found.off, note=found.note,
-                )
-            )  # fmt: skip
-            off = "other weights" if found.off is None else f"{found.off:.0e}"
-            timed = f"{ours:>6.0f} ms {theirs:>6.0f} ms {theirs / ours:>9.2f}×   {off}"
+            rows.append(row)
+            off = "other weights" if row["off"] is None else f"{row['off']:.0e}"
+            ratio = row["theirs"] / row["ours"]
+            timed = f"{row['ours']:>6.0f} ms {row['theirs']:>6.0f} ms {ratio:>9.2f}×   {off}"
             print(f"{name:<27} {peer.kind:<12} {what:<32} {timed}", flush=True)
             if options.out:
                 options.out.write_text(json.dumps(rows, indent=0))
