@@ -175,6 +175,7 @@ class SoftmaxFreeVisionTransformer:
             variant="release",
             mlp_ratio=ratios[-1],
             qkv_bias=arguments.get("qkv_bias", False),
+            eps=1e-6 if re.search(r"1e-0?6", str(arguments.get("norm_layer"))) else 1e-5,
             in_channels=arguments.get("in_chans", 3),
             num_classes=arguments.get("num_classes", 1000),
             drop_path=arguments.get("drop_path_rate", 0.0),

@@ -90,13 +90,15 @@ class SoftBlock(nn.Module):
 class ClassStage(nn.Module):
     """The last stage: convolution, a class token, positions, softmax blocks, and a norm."""
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int, side: int) -> None:
+    def __init__(
+        self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int, side: int, eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.downsample = downsample
         self.class_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim), std=0.02))
         self.positions = LinearPositions((side, side), dim, prefix=1)
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The class token and the places, (B, 1 + H·W, C), and the places' grid."""
@@ -141,7 +143,7 @@ class SOFT(Pyramid):
 
     Args:
         ratios, kernels: of `SoftAttention`, in the stages before the last. image: whose positions are learned.
-        normalize, variant: of `SoftAttention`.
+        normalize, variant: of `SoftAttention`. eps: of the last stage's norms; those before have 1e-5.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class SOFT(Pyramid):
         variant: str = "paper",
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        eps: float = 1e-6,
         image: int = 224,
         in_channels: int = 3,
         num_classes: int = 1000,
@@ -174,7 +177,8 @@ class SOFT(Pyramid):
             at = place.stage
             if at == stages - 1:
                 mixer = MultiHead(place.dim, heads=heads[at], bias=qkv_bias, out_bias=True)
-                return TokenBlock(place.dim, mixer, mlp_ratio=mlp_ratio, drop_path=place.drop_path)
+                norm = partial(nn.LayerNorm, eps=eps)
+                return TokenBlock(place.dim, mixer, mlp_ratio=mlp_ratio, norm=norm, drop_path=place.drop_path)
             soft = SoftAttention(
                 place.dim, heads=heads[at], ratio=ratios[at], kernel=kernels[at], iterations=iterations,
                 normalize=normalize, variant=variant,
@@ -194,7 +198,7 @@ class SOFT(Pyramid):
             drop_path=drop_path,
         )
         last = self.stages[-1]
-        self.stages[-1] = ClassStage(last.downsample, last.blocks, dims[-1], sides[-1])  # type: ignore[arg-type]
+        self.stages[-1] = ClassStage(last.downsample, last.blocks, dims[-1], sides[-1], eps)  # type: ignore[arg-type]
         self.init_weights()
 
     def forward(self, x: Tensor) -> Tensor:
