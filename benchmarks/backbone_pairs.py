@@ -117,10 +117,10 @@ def pair(name: str, peer: Peer, side: int, folder: Path | None) -> Pair:
         for part in (*theirs.modules(), *ours.modules()):
             if isinstance(part, nn.modules.dropout._DropoutNd):
                 part.p = 0.0
-            elif isinstance(part, DropPath):
-                part.rate = 0.0
-            elif isinstance(getattr(part, "drop_prob", None), float):
-                setattr(part, "drop_prob", 0.0)  # noqa: B010  # mypy takes it for a tensor
+            names = ("rate",) if isinstance(part, DropPath) else ("drop_prob", "dropout")
+            for chance in names:
+                if isinstance(getattr(part, chance, None), float):
+                    setattr(part, chance, 0.0)
         note = share(theirs, ours, peer.names)
         off = None if note else difference(ours, theirs, torch.randn(1, 3, side, side))
     return Pair(ours, theirs, off, "; ".join(part for part in (peer.note, note) if part))
@@ -238,16 +238,16 @@ def timm_eca_resnet50(timm: Any, side: int) -> nn.Module:
     return resnet.ResNet(resnet.Bottleneck, (3, 4, 6, 3), block_args={"attn_layer": "eca"})
 
 
-def of_timm(name: str, **keywords: Any) -> Peer:
+def of_timm(name: str, ours: dict[str, Any] | None = None) -> Peer:
     """timm's network; images of another side are said to those that have to know."""
 
     def make(timm: Any, side: int) -> nn.Module:
         if side != 224:
             with contextlib.suppress(TypeError):
-                return timm.create_model(name, img_size=side, **keywords)
-        return timm.create_model(name, **keywords)
+                return timm.create_model(name, img_size=side)
+        return timm.create_model(name)
 
-    return Peer(make, fuse=fused_timm)
+    return Peer(make, ours=ours or {}, fuse=fused_timm)
 
 
 def named(name: str, image: str = "", **keywords: Any) -> Make:
@@ -411,7 +411,7 @@ PAIRS: dict[str, Peer] = {
     "focalnet_tiny_lrf": of_timm("focalnet_tiny_lrf"),
     "eca_resnet50": Peer(timm_eca_resnet50, ours={"kernels": (5, 5, 5, 7)}, names=((r"\.se\.", ".eca."),)),
     "deit_small_patch16_224": of_timm("deit_small_patch16_224"),
-    "volo_d1": of_timm("volo_d1_224"),
+    "volo_d1": of_timm("volo_d1_224", ours={"mix_token": False}),
     "haloregnetz_b": of_timm("haloregnetz_b"),
     "convit_small": of_timm("convit_small"),
     "shvit_s1": of_timm("shvit_s1"),
