@@ -19,6 +19,13 @@ def test_norms_come_behind_the_sums():
     torch.testing.assert_close(block(x).flatten(2).mT, y)
 
 
+def test_the_last_stage_alone_has_the_smaller_eps_of_the_released_sizes():
+    net = SOFT(**TINY)
+    eps = {n: m.eps for n, m in net.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert {e for n, e in eps.items() if n.startswith("stages.3.")} == {1e-6}
+    assert {e for n, e in eps.items() if not n.startswith("stages.3.")} == {1e-5}
+
+
 def official_names(net: SOFT) -> dict[str, torch.Tensor]:
     """The network's parameters as the authors' code names and splits them."""
     names = {}
