@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.nn.kept import Kept
 from attnlab.nn.mechanism import Mechanism, check_grid, check_heads, join_heads, split_heads
 from attnlab.nn.softmax.mixture_of_heads import HeadRouter
 from attnlab.nn.spatial.bands import window_scores, window_sum
@@ -111,7 +112,7 @@ class CosineAttention(Mechanism):
             raise ValueError(f"shared and routed must be given together, got {shared} and {routed}")
         _, self.head_dim = check_heads(dim, heads)
         self.heads, self.trained, self.dropout = heads, trained, dropout
-        self._kept: tuple[Any, list[Tensor], Tensor] | None = None
+        self._kept = Kept()
         self.wqkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.wo = nn.Linear(dim, dim)
         # softplus(temperature) = 1 / 0.24 at first
@@ -131,13 +132,8 @@ class CosineAttention(Mechanism):
         if torch.compiler.is_compiling():
             return self.place_bias(grid, relative_places(*self.shapes(grid), device=x.device), x.dtype)
         places = _kept_places(*self.shapes(grid), device=x.device)
-        # Comparing the few parameters costs microseconds on a CPU; a GPU would have to wait for it.
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return self.place_bias(grid, places, x.dtype)
-        about, weights = (grid, x.dtype), list(self.bias_parameters())
-        if self._kept is None or self._kept[0] != about or not all(map(torch.equal, self._kept[1], weights)):
-            self._kept = about, [w.clone() for w in weights], self.place_bias(grid, places, x.dtype).contiguous()
-        return self._kept[2]
+        about = (grid, x.dtype)
+        return self._kept(about, self.bias_parameters(), lambda: self.place_bias(grid, places, x.dtype))
 
     def bias_parameters(self) -> tuple[Tensor, ...]:
         return self.cpb_fc1.weight, self.cpb_fc1.bias, self.cpb_fc2.weight, self.cpb_fc2.bias
@@ -155,9 +151,6 @@ class CosineAttention(Mechanism):
     def shapes(self, grid: Grid) -> tuple[Grid, Grid, Grid | None]:
         """The arguments of `relative_places`."""
         return grid, self.pooled(grid), self.trained
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
 
     def pooled(self, grid: Grid) -> Grid:
         """The grid of the keys that every query sees."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.attend import attend
+from attnlab.nn.kept import Kept
 from attnlab.nn.mechanism import check_grid
 from attnlab.nn.multihead import MultiHead
 from attnlab.positions.bias import TableBias
@@ -106,7 +107,7 @@ class GroupAttention(MultiHead):
         super().__init__(dim, heads=heads, bias=bias, out_bias=out_bias, dropout=dropout)
         self.window, self.see_filling = window, see_filling
         self.relative: nn.Module | None = TableBias((window, window), heads) if biased else None
-        self._kept: tuple[Any, list[Tensor], Tensor] | None = None
+        self._kept = Kept()
 
     def rewindow(self, window: int) -> None:
         """Go on with another window: the learned bias is interpolated bilinearly."""
@@ -128,17 +129,7 @@ class GroupAttention(MultiHead):
         """`relative_bias` if there is one; without gradients it is kept for the next call with the same parameters."""
         if self.relative is None:
             return None
-        weights = list(self.relative.parameters())
-        # Comparing the few parameters costs microseconds on a CPU; a GPU would have to wait for it.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weights[0].device.type != "cpu":
-            return self.relative_bias(groups)
-        about = (groups.size, weights[0].dtype)
-        if self._kept is None or self._kept[0] != about or not all(map(torch.equal, self._kept[1], weights)):
-            self._kept = about, [w.clone() for w in weights], self.relative_bias(groups)
-        return self._kept[2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return self._kept(groups.size, self.relative.parameters(), lambda: self.relative_bias(groups))
 
     def score_bias(self, groups: Groups, like: Tensor) -> Tensor | None:
         """What is added to the scores, broadcastable to `(B · groups, heads, n, n)`."""

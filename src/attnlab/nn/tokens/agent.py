@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.nn.kept import Kept
 from attnlab.nn.mechanism import Mechanism, check_grid, check_heads, join_heads, split_heads
+from attnlab.nn.spatial.attentive_conv import strips
 
 
 class AgentBias(nn.Module):
@@ -31,11 +34,32 @@ class AgentBias(nn.Module):
         self.place = nn.Parameter(torch.empty(heads, agents, 1)) if class_token else None
         for table in self.parameters():
             nn.init.trunc_normal_(table, std=0.02)
+        self._kept = Kept()
 
-    def forward(self, grid: tuple[int, int]) -> Tensor:
+    def forward(self, grid: tuple[int, int], *, places_first: bool = False) -> Tensor:
+        """With `places_first`, (1, heads, [1 +] H·W, agents)."""
+        about = (grid, places_first)
+        return self._kept(about, self.parameters(), lambda: self.on(grid).mT if places_first else self.on(grid))
+
+    def on(self, grid: tuple[int, int]) -> Tensor:
         bias = _resize(self.coarse, grid) + _resize(self.rows, (grid[0], 1)) + _resize(self.columns, (1, grid[1]))
         bias = bias.flatten(2)
         return (bias if self.place is None else torch.cat((self.place, bias), dim=-1)).unsqueeze(0)
+
+
+def cells(grid: tuple[int, int], side: int, like: Tensor) -> Tensor:
+    """`(side², H·W)`: means over side × side even parts of a grid, overlapping where they do not divide it."""
+    make = _cells if torch.compiler.is_compiling() else _kept_cells
+    return make(grid, side, like.dtype, like.device)
+
+
+def _cells(grid: tuple[int, int], side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept, it may be saved for a backward pass later
+        down, across = (strips(n, side, torch.empty(0, dtype=dtype, device=device)) for n in grid)
+        return torch.kron(down, across)
+
+
+_kept_cells = lru_cache(maxsize=32)(_cells)
 
 
 def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -129,7 +153,7 @@ class AgentAttention(Mechanism):
             bias=self.aggregate(coarser),
             dropout=dropout,
         )
-        bias = self.broadcast(size).transpose(-2, -1)
+        bias = self.broadcast(size, places_first=True)
         y = join_heads(attend(split_heads(q, self.heads), agents, read, bias=bias, dropout=dropout))
         first = int(self.class_token)
         local = self.local(_resize(_as_map(v[:, first:], coarser), size)).flatten(2).transpose(1, 2)
@@ -146,8 +170,8 @@ class AgentAttention(Mechanism):
             biases = (None, None) if self.wqkv.bias is None else self.wqkv.bias.split(widths)
             q = F.linear(x, weights[0], biases[0])
             k, v = F.linear(reduced, weights[1], biases[1]).chunk(2, dim=-1)
-        places = _as_map(q[:, int(self.class_token) :], grid)
-        agents = F.adaptive_avg_pool2d(places, math.isqrt(self.agents)).flatten(2).transpose(1, 2)
+        # A product, since pooling would reorder the map and the agents.
+        agents = cells(grid, math.isqrt(self.agents), q) @ q[:, int(self.class_token) :]
         return q, k, v, split_heads(agents, self.heads)
 
     def factors(self, x: Tensor, *, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
