@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-_PLAIN = (Tensor, nn.Parameter)
-_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d, nn.GELU, nn.Identity)
+_TENSORS = (Tensor, nn.Parameter)
 
 
-def untouched(x: Tensor, *layers: nn.Module) -> bool:
-    """True where plain tensors on a CPU go through torch's own layers, without hooks, adapters or transforms.
+def untouched(x: Tensor, *modules: nn.Module) -> bool:
+    """True where plain tensors on a CPU go through modules without hooks, whose own parameters are plain too.
 
-    Not under compilation, tracing, `torch.func`, forward-mode gradients or autocast, and not where a layer is of a
-    class of its own (a low-rank adapter, a quantised layer) or its parameters are: those must be called as they are.
+    Not under compilation, tracing, `torch.func`, forward-mode gradients or autocast. Whoever asks must know the classes
+    of the modules: a linear layer of another class (an adapter, a quantised one) has to be called as it is.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
@@ -24,15 +23,13 @@ def untouched(x: Tensor, *layers: nn.Module) -> bool:
         return False
     if torch.autograd.forward_ad._current_level >= 0 or _has_any_global_hook():
         return False
-    return all(
-        type(layer) in _LAYERS
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and all(
-            type(t) in _PLAIN and t.dtype == x.dtype
-            for t in chain(layer.parameters(False), layer.buffers(False))
-            if t.is_floating_point()
-        )
-        for layer in layers
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    ) and all(
+        type(t) in _TENSORS and (t.dtype == x.dtype or not t.is_floating_point())
+        for m in modules
+        for t in chain(m._parameters.values(), m._buffers.values())
+        if t is not None
     )
 
 

@@ -91,6 +91,21 @@ def test_without_gradients_it_is_the_same(conv_ratio):
     assert torch.equal(x, kept)
 
 
+@pytest.mark.parametrize("conv_ratio", [1.0, 0.4, 8 / 3])
+def test_with_many_places_it_is_the_same(conv_ratio):
+    mixer, x = GatedCNN(8, conv_ratio=conv_ratio).double(), torch.randn(2, 8, 9, 10, dtype=torch.float64)
+    inputs, outputs = list(mixer.parameters()), []
+    for watched in (False, True):
+        if watched:  # then fc1 is called as it is
+            mixer.fc1.register_forward_hook(lambda *_: None)
+        outputs.append(mixer(x))
+        outputs.extend(torch.autograd.grad(outputs[-1].pow(3).sum(), inputs))
+        with torch.no_grad():
+            outputs.append(mixer(x))
+    half = len(outputs) // 2
+    torch.testing.assert_close(outputs[:half], outputs[half:])
+
+
 def test_without_convolved_channels_places_do_not_mix():
     mixer = GatedCNN(8, conv_ratio=0.0)
     x = torch.randn(1, 8, 4, 5, requires_grad=True)

@@ -23,6 +23,8 @@ class ChannelNorm(nn.LayerNorm):
 class MLP(nn.Module):
     """`fc2(act(fc1(x)))` over the last axis of any `(…, C)`; `hidden` channels in between."""
 
+    rowwise = True
+
     def __init__(
         self,
         dim: int,
@@ -46,6 +48,8 @@ class MLP(nn.Module):
 
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training, drops a sample's whole branch with probability `rate`."""
+
+    rowwise = True  # in evaluation
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnlab import cards
 from attnlab.models.skeletons.parts import MLP, DropPath, Norm, drop_path_rates, trunc_normal_linear
+from attnlab.nn.by_rows import by_rows
 
 Mixer = str | Callable[[int], nn.Module]
 
@@ -53,7 +54,8 @@ class TokenBlock(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The block behind its mixer, whose output for `x` is `y`."""
-        return self.feed(self.add(x, y))
+        through = (self.norm2, self.mlp, self.drop_path)
+        return by_rows(lambda x, y: self.feed(self.add(x, y)), x, y, through=[part for part in through if part])
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """The first path's end: `x` and what its mixer said of it, `y`."""

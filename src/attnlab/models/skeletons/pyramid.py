@@ -20,6 +20,7 @@ from attnlab.models.skeletons.parts import (
     drop_path_rates,
     trunc_normal_linear,
 )
+from attnlab.nn.by_rows import by_rows
 
 Layout = Literal["NCHW", "NHWC", "tokens"]
 _LAYOUTS = ("NCHW", "NHWC", "tokens")
@@ -93,10 +94,13 @@ class Block(nn.Module):
             x = x + self.local(x)
         x = x.permute(0, 2, 3, 1)
         y = self.norm1(self.mix(x)) if self.post_norm else self.mix(self.norm1(x))
+        return by_rows(self.after, x, y, through=(self.norm2, self.mlp, self.drop_path)).permute(0, 3, 1, 2)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block behind its mixer, whose output for `x` is `y`; both `(…, C)`."""
         x = x + self.drop_path(y if self.scale1 is None else y * self.scale1)
         y = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
-        x = x + self.drop_path(y if self.scale2 is None else y * self.scale2)
-        return x.permute(0, 3, 1, 2)
+        return x + self.drop_path(y if self.scale2 is None else y * self.scale2)
 
 
 def around(mixer: str, *, options: Mapping[str, Any] | None = None, **block: Any) -> Callable[[Place], nn.Module]:
