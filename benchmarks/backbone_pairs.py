@@ -238,16 +238,16 @@ def timm_eca_resnet50(timm: Any, side: int) -> nn.Module:
     return resnet.ResNet(resnet.Bottleneck, (3, 4, 6, 3), block_args={"attn_layer": "eca"})
 
 
-def of_timm(name: str, ours: dict[str, Any] | None = None) -> Peer:
-    """timm's network; images of another side are said to those that have to know."""
+def of_timm(name: str, sized: bool = True, **ours: Any) -> Peer:
+    """timm's network; images of another side are said to those that have to know (`sized`)."""
 
     def make(timm: Any, side: int) -> nn.Module:
-        if side != 224:
+        if sized and side != 224:
             with contextlib.suppress(TypeError):
                 return timm.create_model(name, img_size=side)
         return timm.create_model(name)
 
-    return Peer(make, ours=ours or {}, fuse=fused_timm)
+    return Peer(make, ours=ours, fuse=fused_timm)
 
 
 def named(name: str, image: str = "", **keywords: Any) -> Make:
@@ -411,11 +411,11 @@ PAIRS: dict[str, Peer] = {
     "focalnet_tiny_lrf": of_timm("focalnet_tiny_lrf"),
     "eca_resnet50": Peer(timm_eca_resnet50, ours={"kernels": (5, 5, 5, 7)}, names=((r"\.se\.", ".eca."),)),
     "deit_small_patch16_224": of_timm("deit_small_patch16_224"),
-    "volo_d1": of_timm("volo_d1_224", ours={"mix_token": False}),
+    "volo_d1": of_timm("volo_d1_224", mix_token=False),
     "haloregnetz_b": of_timm("haloregnetz_b"),
     "convit_small": of_timm("convit_small"),
     "shvit_s1": of_timm("shvit_s1"),
-    "maxvit_tiny": of_timm("maxvit_tiny_tf_224"),
+    "maxvit_tiny": of_timm("maxvit_tiny_tf_224", sized=False),
     "mambaout_tiny": of_timm("mambaout_tiny"),
     "davit_tiny": of_timm("davit_tiny"),
     "gcvit_xxtiny": of_timm("gcvit_xxtiny"),
@@ -431,7 +431,7 @@ PAIRS: dict[str, Peer] = {
         named("SpectFormer", "img_size", embed_dim=384, depth=12, mlp_ratio=4, norm_layer=layer_norm()),
         "badripatro/SpectFormers", "spectformer", "vanilla_architecture",
     ),
-    "soft_tiny": Peer(soft, "fudan-zvg/SOFT", "models.softmax_free_vision_transformer",
+    "soft_tiny": Peer(soft, "fudan-zvg/SOFT", "models.softmax_free_vision_transformer", ours={"image": 224},
                       note="their kernels for GPUs in plain PyTorch"),
     "sgformer_small": Peer(named("sgformer_s", "img_size"), "OliverRensu/SG-Former", "sgformer"),
     "tap_rvt_tiny": Peer(rvt("tap_rvt_tiny"), TAP, "tap_robust_models", "TAPADL_RVT"),
