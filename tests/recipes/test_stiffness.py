@@ -126,6 +126,16 @@ def test_the_module_equals_its_equation() -> None:
     torch.testing.assert_close(step(x, f)[..., 0, 0], wanted)
 
 
+def test_a_channel_near_zero_is_as_stiff_as_eps_allows() -> None:
+    x, f = torch.zeros(1, 4, 1), torch.ones(1, 4, 1)
+    for eps in (1e-6, 0.1):
+        step = StepSize(4, features=("s",), eps=eps)
+        seen: list[torch.Tensor] = []
+        step.fc1.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        step(x, f)
+        torch.testing.assert_close(seen[0], torch.full((1, 4), 1 / eps))
+
+
 def test_wraps_the_attention_of_a_transformer() -> None:
     block = StepBlock(nn.Sequential(nn.LayerNorm(16), MultiHead(16, heads=2)), StepSize(16), tokens=True)
     x = torch.randn(2, 7, 16)
@@ -146,6 +156,8 @@ def test_what_does_not_fit_is_named() -> None:
         StepSize(8, features=("y",))
     with pytest.raises(ValueError, match="gate"):
         StepSize(8, gate="tanh")
+    with pytest.raises(ValueError, match="eps must be positive"):
+        StepSize(8, eps=0.0)
     with pytest.raises(ValueError, match="x and f"):
         StepSize(8)(torch.randn(2, 8, 3), torch.randn(2, 8, 4))
     with pytest.raises(ValueError, match="index"):

@@ -27,8 +27,8 @@ _FEATURES = ("x", "f", "s")
 class StepSize(nn.Module):
     """The step that each channel takes along a residual branch: x' = x + F ∘ f, as an adaptive ODE solver would.
 
-        F = σ(W2 relu(norm(W1 [mean(x); mean(f); s])))        s = mean|f| / (mean|x| + 1e-6), how stiff it is here
-        refine:  F0 = σ(W2 relu(W1 mean(f))),  F = F0 ∘ (1 + tanh(W3 s')),  s' = mean|F0 ∘ f| / (mean|x| + 1e-6)
+        F = σ(W2 relu(norm(W1 [mean(x); mean(f); s])))        s = mean|f| / (mean|x| + eps), how stiff it is here
+        refine:  F0 = σ(W2 relu(W1 mean(f))),  F = F0 ∘ (1 + tanh(W3 s')),  s' = mean|F0 ∘ f| / (mean|x| + eps)
 
     x and its branch's output f, both (B, C, *spatial) → F (B, C, 1, …, 1); means over the places. W2 and W3 are 0 at
     first, so every step is then ½ (1 with `gate="2sigmoid"`). Cost: O(N C) reads and 4C²/reduction.
@@ -38,6 +38,8 @@ class StepSize(nn.Module):
         features: what F is made of; ("f",) alone is squeeze-and-excite (without a norm).
         gate: "sigmoid", steps in (0, 1), or "2sigmoid", in (0, 2).
         refine: take a first step by f alone, look how stiff it is, and correct it.
+        eps: what s adds to mean|x|. Where x has few places and so comes near 0, take some share of its usual size: s
+            has no bound otherwise, and one channel drowns all others in the norm.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class StepSize(nn.Module):
         features: Sequence[str] = _FEATURES,
         gate: Literal["sigmoid", "2sigmoid"] = "sigmoid",
         refine: bool = False,
+        eps: float = 1e-6,
     ) -> None:
         super().__init__()
         features = ("f",) if refine else tuple(features)
@@ -57,7 +60,9 @@ class StepSize(nn.Module):
             raise ValueError(f"gate must be 'sigmoid' or '2sigmoid', got {gate!r}")
         if dim < 1 or reduction < 1:
             raise ValueError(f"dim and reduction must be at least 1, got {dim} and {reduction}")
-        self.dim, self.features, self.range = dim, features, 2.0 if gate == "2sigmoid" else 1.0
+        if not eps > 0:
+            raise ValueError(f"eps must be positive, got {eps}")
+        self.dim, self.features, self.eps, self.range = dim, features, eps, 2.0 if gate == "2sigmoid" else 1.0
         hidden = max(dim // reduction, 4)
         self.fc1, self.fc2 = nn.Linear(len(features) * dim, hidden), nn.Linear(hidden, dim)
         self.norm = nn.Identity() if features == ("f",) else nn.LayerNorm(hidden)
@@ -74,7 +79,7 @@ class StepSize(nn.Module):
         said: dict[str, Callable[[], Tensor]] = {
             "x": lambda: x.mean(places),
             "f": lambda: f.mean(places),
-            "s": lambda: f.abs().mean(places) / (x.abs().mean(places) + 1e-6),
+            "s": lambda: f.abs().mean(places) / (x.abs().mean(places) + self.eps),
         }
         hidden = self.norm(self.fc1(torch.cat([said[name]() for name in self.features], 1)))
         step = self.range * self.fc2(hidden.relu()).sigmoid()
