@@ -37,7 +37,7 @@ class Peer:
     repository: str = TIMM
     module: str = "timm"
     within: str = ""  # the folder in the checkout that its own imports start from
-    ours: dict[str, Any] = field(default_factory=dict)  # keywords of ours beside the named size
+    ours: dict[str, Any] = field(default_factory=dict)  # keywords of ours beside the named size; functions, of the side
     side: int = 0  # the side of the image where it is not a free choice
     fuse: Callable[[nn.Module], Any] | None = None  # their exact re-parameterisation for inference
     names: tuple[Rule, ...] = ()  # from its names to those that our adapter reads
@@ -133,6 +133,7 @@ def difference(ours: nn.Module, theirs: nn.Module, x: Tensor) -> float:
 
 
 def build(name: str, side: int, keywords: dict[str, Any]) -> nn.Module:
+    keywords = {key: value(side) if callable(value) else value for key, value in keywords.items()}
     if side != 224 and "image" not in keywords:
         with contextlib.suppress(TypeError):  # networks of any image have no such keyword
             return attnlab.build(name, image=side, **keywords)
@@ -467,7 +468,8 @@ PAIRS: dict[str, Peer] = {
     "l2vit_tiny": Peer(named("L2ViT_Tiny"), "ChuanyangZheng/L2ViT", "models.l2vit", "classification"),
     "agent_deit_tiny": Peer(named("VisionTransformer", "img_size", patch_size=16, embed_dim=192, depth=12, num_heads=3,
                                   agent_num=[49] * 12), AGENT, "models.agent_deit", "agent_transformer"),
-    "agent_swin_tiny": Peer(agent_swin, AGENT, "models.agent_swin", "agent_transformer"),
+    "agent_swin_tiny": Peer(agent_swin, AGENT, "models.agent_swin", "agent_transformer",
+                            ours={"window": lambda side: side // 32}),
     "agent_pvt_tiny": Peer(named("agent_pvt_tiny", "img_size", agent_num=[9, 16, 49, 49], attn_type="AAAA",
                                  agent_sr_ratios="1111"), AGENT, "models.agent_pvt", "agent_transformer"),
     "eca_mobilenetv2": Peer(named("eca_mobilenet_v2"), "BangguWu/ECANet", "models.eca_mobilenetv2"),
@@ -486,7 +488,7 @@ WITHOUT_PEER = {
     "dependencyvit": "the authors' repository holds no code",
     "dynamicvis": "its scan is compiled for GPUs alone",
     "minimal_transformer": "there is no code of the authors",
-    "nat, dinat": "the authors' networks ask for NATTEN before 0.20, which had tables of relative positions",
+    "nat, dinat": "NATTEN has neither kernels for CPUs nor the authors' tables of relative positions since 0.20",
     "s2aformer": "the authors have published no code",
     "spikformer_v2": "the authors have published the first version only, which has a row",
     "stepnet": "the authors have published no code",
