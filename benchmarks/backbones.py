@@ -124,7 +124,8 @@ def table(rows: list[Row], reasons: dict[str, str]) -> str:
         found = [by.get((name, image, batch, work)) for work in works]
         any_row = next(row for row in found if row)
         off = "other weights" if any_row["off"] is None else f"{any_row['off']:.0e}"
-        line = [name, any_row["repository"], f"{image}²", str(batch), *map(cells, found), off]
+        peer = "timm" if any_row["kind"] == "timm" else any_row["repository"]
+        line = [name, peer, f"{image}²", str(batch), *map(cells, found), off]
         text.append(f"| {' | '.join(line)} |")
     text += ["", *(f"- {line}" for line in means(rows))]
     notes = {r["name"]: r["note"] for r in rows if r["note"]}
@@ -161,7 +162,7 @@ def main() -> None:
     works = options.work.split(",")
     if unknown := set(works) - {"inference", "training"}:
         parser.error(f"--work: {', '.join(sorted(unknown))} is not among inference, training")
-    works += [FUSED] * options.fuse
+    works[:0] = [FUSED] * options.fuse  # first: a training that fails half-way leaves two different batch norms behind
     torch.set_num_threads(1 if options.busy else options.threads)
     clock = time.process_time if options.busy else time.perf_counter
     rows: list[Row] = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
