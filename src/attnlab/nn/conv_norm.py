@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from attnlab.nn.fused import product
+
 _PLACES = 256  # from which on a 1×1 convolution is faster as a linear layer
 _WORTH = 1 << 17  # numbers in a map from which on a pass over it costs more than a few small operations
 
@@ -15,7 +17,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, like: nn.Conv2d) ->
     """A convolution of the shape of `like`; 1×1 ones over many places in channels-last memory are linear layers."""
     many = x.shape[0] * x.shape[2] * x.shape[3] >= _PLACES
     if isinstance(like, Pointwise) and many and x.is_contiguous(memory_format=torch.channels_last):
-        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        return product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, bias, like.stride, like.padding, like.dilation, like.groups)
 
 

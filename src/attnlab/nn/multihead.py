@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from attnlab.attend import attend
 from attnlab.cards import ALL_FOUR, ANY_LENGTH, EXACT, PERMUTATION_EQUIVARIANT, STREAMING, TOKENS, Card, register
 from attnlab.nn.cache import KVCache
 from attnlab.nn.decode import attend_one, visible
+from attnlab.nn.fused import linear, product
 from attnlab.nn.mechanism import Mechanism, check_heads, join_heads, pattern_for, split_heads
 from attnlab.patterns import Pattern
 from attnlab.positions import Position
@@ -84,11 +84,11 @@ class MultiHead(Mechanism):
         """The projections alone: q `(B, H, N, D)` of `x`, k and v `(B, Hkv, M, D)` of `context` (or of `x`)."""
         widths = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         if context is None:
-            q, k, v = self.wqkv(x).split(widths, -1)
+            q, k, v = linear(x, self.wqkv).split(widths, -1)
         else:
             cut, bias = widths[0], self.wqkv.bias
-            q = linear(x, self.wqkv.weight[:cut], None if bias is None else bias[:cut])
-            k, v = linear(context, self.wqkv.weight[cut:], None if bias is None else bias[cut:]).chunk(2, -1)
+            q = product(x, self.wqkv.weight[:cut], None if bias is None else bias[:cut])
+            k, v = product(context, self.wqkv.weight[cut:], None if bias is None else bias[cut:]).chunk(2, -1)
         return split_heads(q, self.heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
 
     def project(
@@ -108,7 +108,7 @@ class MultiHead(Mechanism):
 
     def merge(self, heads: Tensor) -> Tensor:
         """`(B, H, N, D)` through the output projection to `(B, N, C)`."""
-        return self.wo(join_heads(heads))
+        return linear(join_heads(heads), self.wo)
 
     def initial_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

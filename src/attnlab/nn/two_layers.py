@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnlab.nn.fused import linear
+
 _WORTH = 1 << 23  # hidden numbers (32 MiB in float32) from which on fresh memory costs more than smaller products
 _CACHED = 1 << 20  # hidden numbers for each thread at a time
 _ROWS = 1024  # and at least so many rows, for the products' sake
@@ -27,15 +29,14 @@ def two_layers(x: Tensor, fc1: nn.Linear, activation: nn.Module, fc2: nn.Linear)
     """
     rows = x.numel() // max(x.shape[-1], 1)
     if rows * fc1.out_features < _WORTH or not _plain(x, fc1, activation, fc2):
-        return fc2(activation(fc1(x)))
+        return linear(linear(x, fc1, activation), fc2)
     flat, weights = x.reshape(rows, -1), (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
         out = _TwoLayers.apply(flat, *weights, activation)[0]
     else:
-        out, hidden = x.new_empty(rows, fc2.out_features), None
+        out = x.new_empty(rows, fc2.out_features)
         for part in _parts(rows, fc1.out_features):
-            hidden = _linear(flat[part], fc1.weight, fc1.bias, None if hidden is None else hidden[: len(flat[part])])
-            _linear(activation(hidden), fc2.weight, fc2.bias, out[part])
+            out[part] = linear(linear(flat[part], fc1, activation), fc2)
     return out.unflatten(0, x.shape[:-1])
 
 

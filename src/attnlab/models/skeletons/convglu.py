@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnlab.nn.fused import linear, product
+
 
 class ConvGLU(nn.Module):
     """A gated MLP whose gate sees the 3×3 places around its own: a channel mixer that also knows where things are.
@@ -29,6 +31,6 @@ class ConvGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Two products, so that what is convolved lies together in memory.
         (top, low), (first, second) = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-        u, v = F.linear(x, top, first), F.linear(x, low, second)
+        u, v = product(x, top, first), product(x, low, second)
         gate = self.conv(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.dropout(self.fc2(self.dropout(self.norm(F.gelu(gate) * v))))
+        return self.dropout(linear(self.dropout(self.norm(F.gelu(gate) * v)), self.fc2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from attnlab.models.skeletons.parts import MLP
+from attnlab.nn.fused import linear
 
 
 class LocalMLP(MLP):
@@ -15,5 +16,5 @@ class LocalMLP(MLP):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(self.act(x))
+        x = self.dwconv(linear(x, self.fc1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return linear(self.act(x), self.fc2)

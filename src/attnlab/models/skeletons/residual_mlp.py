@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.models.skeletons.parts import MLP
+from attnlab.nn.fused import linear
 
 
 class ResidualDepthwise(nn.Conv2d):
@@ -39,5 +40,5 @@ class ResidualMLP(MLP):
         self.conv, self.conv_first = ResidualDepthwise(hidden), conv_first
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(self.act(self.conv(x)) if self.conv_first else self.conv(self.act(x)))
+        x = self.act(self.conv(linear(x, self.fc1))) if self.conv_first else self.conv(linear(x, self.fc1, self.act))
+        return linear(x, self.fc2)

@@ -13,6 +13,7 @@ from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
 from attnlab.models.skeletons.parts import DropPath
 from attnlab.models.skeletons.pyramid import Place, Pyramid
 from attnlab.nn.conv_norm import ConvNorm, fold_norms
+from attnlab.nn.fused import linear
 from attnlab.nn.spatial.partial import PartialChannel, PartialConv, PartialSelf, PartialSpatial
 
 _TINY, _T2, _GELU = (1, 2, 8, 2), (2, 2, 6, 4), {"activation": "gelu"}
@@ -84,7 +85,7 @@ class PartialBlock(nn.Module):
         y = self.mixer(x)
         if self.separate:
             x = y = x + y
-        y = self.fc2(self.fc1(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = linear(self.fc1(y).permute(0, 2, 3, 1), self.fc2).permute(0, 3, 1, 2)
         if self.spatial is not None:
             y = self.spatial(y)
         if self.scale is not None:

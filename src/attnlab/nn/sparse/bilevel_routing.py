@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, EXACT, NONCAUSAL_SELF, TOKENS, Card, register
 from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.fused import linear
 from attnlab.nn.mechanism import Mechanism, check_grid, check_heads
 from attnlab.patterns import Pattern
 from attnlab.routing import Partition, Routed
@@ -138,7 +139,7 @@ class BilevelRouting(Mechanism):
 
         # One region after the other, and within a region its tokens by row: (B, regions², tokens, C).
         tokens = maps.unflatten(1, (n, tall)).unflatten(3, (n, wide)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        q, k, v = self.wqkv(tokens).split([self.qk_dim, self.qk_dim, self.dim], -1)
+        q, k, v = linear(tokens, self.wqkv).split([self.qk_dim, self.qk_dim, self.dim], -1)
         choice = self.route(q.mean(2), k.mean(2))
         lepe = None if self.lepe is None else self.lepe(_to_map(v, n, tall))
         k, v = self._pool(k, tall), self._pool(v, tall)
@@ -153,7 +154,7 @@ class BilevelRouting(Mechanism):
             y = y.transpose(1, 2).flatten(2).unflatten(1, (n * n, -1))
         y = _to_map(y, n, tall)
         y = y if lepe is None else y + lepe
-        y = self.wo(y[..., :height, :width].flatten(2).transpose(1, 2))
+        y = linear(y[..., :height, :width].flatten(2).transpose(1, 2), self.wo)
         return y, choice, attention
 
     def route(self, q: Tensor, k: Tensor) -> Choice:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.nn.fused import linear
 from attnlab.nn.mechanism import check_grid, split_heads
 from attnlab.nn.multihead import MultiHead
 from attnlab.positions.bias import Displacement, TableBias
@@ -86,7 +87,7 @@ class ShiftedWindow(MultiHead):
         places = (places[:, None] * self.window + places).flatten()
         rows_of_table = Displacement(self.relative.window)(places[:, None], places)
         bias = self.relative.table[rows_of_table].movedim(-1, 0)
-        tiles = windows(self.wqkv(x).unflatten(1, (height, width))).flatten(0, 1)
+        tiles = windows(linear(x, self.wqkv).unflatten(1, (height, width))).flatten(0, 1)
         q, k, v = (split_heads(t, self.heads) for t in tiles.chunk(3, dim=-1))
         if shift or below or right:
             # What the roll brought round an edge is a region of its own, so is the padding; each sees its own kind.
@@ -99,4 +100,4 @@ class ShiftedWindow(MultiHead):
         tiles = heads.reshape(len(x), rows, columns, self.heads, window, window, -1)
         maps = tiles.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
         maps = maps.roll((shift, shift), (1, 2))[:, :height, :width]
-        return self.wo(maps.flatten(1, 2))
+        return linear(maps.flatten(1, 2), self.wo)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.nn.fused import linear
 from attnlab.nn.kept import Kept
 from attnlab.nn.mechanism import Mechanism, check_grid, check_heads, join_heads, split_heads
 from attnlab.nn.softmax.mixture_of_heads import HeadRouter
@@ -142,7 +143,7 @@ class CosineAttention(Mechanism):
         """`(B, H, N, D)` through the gates of the tokens `x` and the output projection."""
         if self.router is not None:
             heads = heads * self.router(x).mT.unsqueeze(-1)
-        return self.wo(join_heads(heads))
+        return linear(join_heads(heads), self.wo)
 
     def sharp(self, q: Tensor, keys: Tensor | float) -> Tensor:
         """Unit queries, at the temperature for so many `keys`."""
@@ -176,7 +177,7 @@ class CosineAttention(Mechanism):
 
     def mix(self, x: Tensor, grid: Grid, bias: Tensor) -> Tensor:
         """Heads `(B, H, N, D)` of tokens `(B, N, C)`, with the `bias` of their scores, (H, N, P)."""
-        q, k, v = (split_heads(t, self.heads) for t in self.wqkv(x).chunk(3, -1))
+        q, k, v = (split_heads(t, self.heads) for t in linear(x, self.wqkv).chunk(3, -1))
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         dropout = self.dropout if self.training else 0.0
         return attend(self.sharp(q, math.log(x.shape[1])), k, v, bias=bias[None], scale=1.0, dropout=dropout)
@@ -243,7 +244,7 @@ class AggregatedAttention(CosineAttention):
 
     def mix(self, x: Tensor, grid: Grid, bias: Tensor) -> Tensor:
         cells, dim = self.pooled(grid), self.dim
-        q, k, v = self.wqkv(x).split(dim, -1)
+        q, k, v = linear(x, self.wqkv).split(dim, -1)
         q = F.normalize(split_heads(q, self.heads), dim=-1)
         k = F.normalize(split_heads(k, self.heads), dim=-1)
         v = split_heads(v, self.heads)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, NONCAUSAL_SELF, TOKENS, Card, register
 from attnlab.nn.depthwise import depthwise
+from attnlab.nn.fused import linear
 from attnlab.nn.mechanism import Mechanism, check_grid
 
 
@@ -74,9 +75,9 @@ class AttentiveConv(nn.Module):
         x = x.permute(0, 2, 3, 1)
         weight = self.kernels(x.flatten(1, 2)).flatten(0, 1).unflatten(1, (1, self.kernel, self.kernel))
         # Images side by side as channels, so that one convolution has all their kernels, in channels-last memory.
-        v = self.wv(x.permute(1, 2, 0, 3)).flatten(2)
+        v = linear(x.permute(1, 2, 0, 3), self.wv).flatten(2)
         y = depthwise(v.permute(2, 0, 1)[None], weight)
-        return self.wo(y[0].permute(1, 2, 0).unflatten(2, (len(x), -1))).permute(2, 3, 0, 1)
+        return linear(y[0].permute(1, 2, 0).unflatten(2, (len(x), -1)), self.wo).permute(2, 3, 0, 1)
 
 
 @register(

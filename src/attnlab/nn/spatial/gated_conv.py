@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
 from attnlab.nn.depthwise import DepthwiseConv, depthwise
+from attnlab.nn.fused import linear, product
 
 
 @register(
@@ -130,10 +131,10 @@ class RecursiveGatedConv(nn.Module):
             raise ValueError(f"x must be (B, {self.dim}, H, W) and not empty, got {tuple(x.shape)}")
         x, first = x.permute(0, 2, 3, 1), self.widths[0]
         # Two products, so that q lies together in memory.
-        p = F.linear(x, self.wi.weight[:first], self.wi.bias[:first])
-        q = F.linear(x, self.wi.weight[first:], self.wi.bias[first:]).permute(0, 3, 1, 2)
+        p = product(x, self.wi.weight[:first], self.wi.bias[:first])
+        q = product(x, self.wi.weight[first:], self.wi.bias[first:]).permute(0, 3, 1, 2)
         factors = self.filtered(q).permute(0, 2, 3, 1).split(self.widths, -1)
         p = p * factors[0]
         for step, factor in zip(self.steps, factors[1:], strict=True):
-            p = step(p) * factor
-        return self.wo(p).permute(0, 3, 1, 2)
+            p = linear(p, step) * factor
+        return linear(p, self.wo).permute(0, 3, 1, 2)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
+from attnlab.nn.fused import linear
 from attnlab.nn.mechanism import check_heads
 from attnlab.positions.bias import Displacement, TableBias
 
@@ -110,7 +111,7 @@ class VariedWindowAttention(nn.Module):
         places = self.places(*(t.to(wide) for t in self.windows(x))).flatten(0, 1)
         below, right = -height % m, -width % m
         down, across = (height + below) // m, (width + right) // m
-        qkv = self.wqkv(x)
+        qkv = linear(x, self.wqkv)
         if below or right:
             qkv = F.pad(qkv, (0, 0, 0, right, 0, below))  # after the projection: its bias does not leak
         q, kv = qkv.split((self.out_dim, 2 * self.out_dim), -1)
@@ -124,4 +125,4 @@ class VariedWindowAttention(nn.Module):
         out = attend(q, k, v, bias=bias, scale=self.scale, dropout=self.dropout if self.training else 0.0)
         out = out.reshape(batch, down, across, heads, m, m, -1).permute(0, 1, 4, 2, 5, 3, 6)
         out = out.reshape(batch, down * m, across * m, self.out_dim)[:, :height, :width]
-        return self.wo(out).permute(0, 3, 1, 2)
+        return linear(out, self.wo).permute(0, 3, 1, 2)

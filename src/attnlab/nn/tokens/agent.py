@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
+from attnlab.nn.fused import linear
 from attnlab.nn.kept import Kept
 from attnlab.nn.mechanism import Mechanism, check_grid, check_heads, join_heads, split_heads
 from attnlab.nn.spatial.attentive_conv import strips
@@ -157,12 +158,12 @@ class AgentAttention(Mechanism):
         y = join_heads(attend(split_heads(q, self.heads), agents, read, bias=bias, dropout=dropout))
         first = int(self.class_token)
         local = self.local(_resize(_as_map(v[:, first:], coarser), size)).flatten(2).transpose(1, 2)
-        return self.wo(y + (F.pad(local, (0, 0, 1, 0)) if first else local))
+        return linear(y + (F.pad(local, (0, 0, 1, 0)) if first else local), self.wo)
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q (B, N, C), k and v (B, M, C), and the agents (B, heads, n, C/heads)."""
         if self.reduction == 1:
-            q, k, v = self.wqkv(x).chunk(3, dim=-1)
+            q, k, v = linear(x, self.wqkv).chunk(3, dim=-1)
         else:
             reduced = self.norm(self.reduce(_as_map(x, grid)).flatten(2).transpose(1, 2))
             widths = (self.dim, 2 * self.dim)
