@@ -113,7 +113,7 @@ class ChannelGate(nn.Module):
             DepthwiseConv(hidden, 3), nn.GELU(), nn.BatchNorm2d(hidden), DepthwiseConv(hidden, 3)
         )  # fmt: skip
         self.scale = nn.Parameter(torch.ones(hidden))
-        self.norm = _LAYER_NORM(dim)
+        self.norm = nn.LayerNorm(dim)  # the authors have two eps
         self.wq = nn.Linear(dim, dim)
         self.temperature = nn.Parameter(torch.ones(heads))
 
