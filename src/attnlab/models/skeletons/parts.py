@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from attnlab.nn.conv_norm import ConvNorm as ConvNorm
@@ -65,6 +66,11 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3g}"
+
+
+def residual(x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x + scale · y, in one pass."""
+    return x + y if scale is None else torch.addcmul(x, y, scale)
 
 
 def drop_path_rates(rate: float, blocks: int) -> list[float]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab import cards
-from attnlab.models.skeletons.parts import MLP, DropPath, Norm, drop_path_rates, trunc_normal_linear
+from attnlab.models.skeletons.parts import MLP, DropPath, Norm, drop_path_rates, residual, trunc_normal_linear
 from attnlab.nn.by_rows import by_rows
 
 Mixer = str | Callable[[int], nn.Module]
@@ -59,14 +59,14 @@ class TokenBlock(nn.Module):
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """The first path's end: `x` and what its mixer said of it, `y`."""
-        return x + self.drop_path(y if self.scale1 is None else y * self.scale1)
+        return residual(x, self.drop_path(y), self.scale1)
 
     def feed(self, x: Tensor) -> Tensor:
         """The second path."""
         if self.norm2 is None or self.mlp is None:
             return x
         y = self.mlp(self.norm2(x))
-        return x + self.drop_path(y if self.scale2 is None else y * self.scale2)
+        return residual(x, self.drop_path(y), self.scale2)
 
 
 class Positions(nn.Module):

@@ -18,6 +18,7 @@ from attnlab.models.skeletons.parts import (
     DropPath,
     Norm,
     drop_path_rates,
+    residual,
     trunc_normal_linear,
 )
 from attnlab.nn.by_rows import by_rows
@@ -98,9 +99,9 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The block behind its mixer, whose output for `x` is `y`; both `(…, C)`."""
-        x = x + self.drop_path(y if self.scale1 is None else y * self.scale1)
+        x = residual(x, self.drop_path(y), self.scale1)
         y = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
-        return x + self.drop_path(y if self.scale2 is None else y * self.scale2)
+        return residual(x, self.drop_path(y), self.scale2)
 
 
 def around(mixer: str, *, options: Mapping[str, Any] | None = None, **block: Any) -> Callable[[Place], nn.Module]:

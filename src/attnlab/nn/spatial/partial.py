@@ -10,6 +10,7 @@ from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
 from attnlab.nn.channel.style import StyleRecalibration
 from attnlab.nn.mechanism import join_heads, split_heads
+from attnlab.nn.untouched import untouched
 from attnlab.positions.distance import DistanceBias
 
 
@@ -70,7 +71,13 @@ class PartialChannel(PartialConv):
         self.norm = nn.BatchNorm2d(dim - self.width)
 
     def rest(self, x: Tensor) -> Tensor:
-        return self.norm(self.attention(x))
+        norm = self.norm
+        if self.training or norm.running_mean is None or norm.running_var is None or not untouched(x, *self.modules()):
+            return norm(self.attention(x))
+        # In evaluation the gate goes into the norm, which is then the only pass.
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift, gate = norm.bias - norm.running_mean * scale, self.attention.gate(x) * scale
+        return torch.addcmul(shift[:, None, None], x, gate[:, :, None, None])
 
 
 @register(_card("partial_self", growth=2.0, cost="N²", sample={"heads": 2}))
