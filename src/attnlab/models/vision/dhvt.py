@@ -66,7 +66,8 @@ class ConvFeedForward(nn.Module):
 
     def forward(self, x: Tensor, *, grid: tuple[int, int]) -> Tensor:
         # A linear layer on a slice multiplies it in pieces; a copy is cheaper.
-        token, places = x[:, :1], x[:, 1:].contiguous().unflatten(1, grid)
+        token, places = x.split((1, x.shape[1] - 1), 1)
+        places = places.contiguous().unflatten(1, grid)
         # Channels-last maps: a 1×1 convolution is a linear layer on them.
         s = F.gelu(self.norm1(self.fc1(places).permute(0, 3, 1, 2)))
         s = s + F.gelu(self.norm2(self.conv(s)))

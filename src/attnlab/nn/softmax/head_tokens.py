@@ -72,5 +72,5 @@ class HeadTokens(MultiHead):
         self.check(x)
         self.refuse(context=context, pattern=pattern, state=state)
         everyone = torch.cat((x, self.head_tokens(x)), 1)
-        y, z = super().forward(everyone).split([x.shape[1], self.heads], 1)
-        return torch.cat((y[:, :1] + z.mean(1, keepdim=True), y[:, 1:]), 1)
+        first, others, z = super().forward(everyone).split([1, x.shape[1] - 1, self.heads], 1)
+        return torch.cat((first + z.mean(1, keepdim=True), others), 1)

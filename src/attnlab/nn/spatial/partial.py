@@ -53,7 +53,8 @@ class PartialConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.dim or 0 in x.shape:
             raise ValueError(f"x must be (B, {self.dim}, H, W) and not empty, got {tuple(x.shape)}")
-        return torch.cat((self.conv(x[:, : self.width]), self.rest(x[:, self.width :])), 1)
+        first, others = x.split((self.width, self.dim - self.width), 1)  # whose gradients meet in one pass
+        return torch.cat((self.conv(first), self.rest(others)), 1)
 
 
 @register(_card("partial_channel", growth=1.0, cost="N"))
