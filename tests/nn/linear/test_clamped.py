@@ -5,6 +5,7 @@ import torch
 
 from attnlab.cost import count_flops, fit_growth
 from attnlab.nn.linear.clamped import ClampedLinearAttention
+from attnlab.nn.multihead import MultiHead
 
 D = torch.float64
 
@@ -47,6 +48,25 @@ def test_starts_as_the_authors_do():
 def test_tokens_may_change_places():
     module, x, order = shaken(), torch.randn(2, 9, 8, dtype=D), torch.randperm(9)
     torch.testing.assert_close(module(x[:, order]), module(x)[:, order])
+
+
+def test_rows_stay_as_flat_however_large_queries_and_keys_are_and_softmax_rows_do_not():
+    def entropy(rows: torch.Tensor) -> float:
+        rows = rows / rows.sum(-1, keepdim=True)
+        return -torch.special.xlogy(rows, rows).sum(-1).mean().item()
+
+    module, full = ClampedLinearAttention(64, heads=2, floor=1e-6).to(D), MultiHead(64, heads=2, bias=True).to(D)
+    x, flat, sharp = torch.randn(2, 100, 64, dtype=D), [], []
+    for deviation in (0.03, 0.12, 0.2):  # scores spread by 0.1, 1 and 3, as before training, early and late in it
+        torch.manual_seed(0)
+        torch.nn.init.normal_(module.wqkv.weight, std=deviation)
+        torch.nn.init.zeros_(module.wqkv.bias)
+        full.load_state_dict(module.state_dict(), strict=False)
+        flat.append(entropy(module.weights(x)))
+        sharp.append(entropy(full.weights(x)))
+    assert flat == pytest.approx([flat[0]] * 3)
+    assert sharp[0] > flat[0] > 4.4  # log 100 = 4.6: at first, softmax is the flatter of the two
+    assert flat[0] > sharp[1] > sharp[2] + 1
 
 
 def test_costs_linearly():

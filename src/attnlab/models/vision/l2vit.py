@@ -88,6 +88,7 @@ class Stem(nn.Module):
         name="l2vit",
         title="The Linear Attention Resurrection in Vision Transformer",
         paper="2501.16182",
+        system="l2vit",
         family="linear",
         kind=BACKBONE,
         capabilities=ANY_GRID,

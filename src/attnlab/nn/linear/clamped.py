@@ -14,6 +14,7 @@ from attnlab.nn.linear.linear_attention import LinearAttention
         name="clamped_linear",
         title="The Linear Attention Resurrection in Vision Transformer",
         paper="2501.16182",
+        system="l2vit",
         family="linear",
         kind=TOKENS,
         capabilities=ALL_FOUR | STREAMING | ANY_LENGTH | PERMUTATION_EQUIVARIANT,

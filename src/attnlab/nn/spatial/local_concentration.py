@@ -14,6 +14,7 @@ from attnlab.nn.depthwise import DepthwiseConv
         name="local_concentration",
         title="The Linear Attention Resurrection in Vision Transformer",
         paper="2501.16182",
+        system="l2vit",
         family="spatial",
         kind=FEATURES,
         capabilities=ANY_GRID,
