@@ -32,6 +32,7 @@ SIZES = {
         name="convit",
         title="ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases",
         paper="2103.10697",
+        system="convit",
         family="spatial",
         kind=BACKBONE,
         cost="N²",

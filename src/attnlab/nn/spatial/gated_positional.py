@@ -26,6 +26,7 @@ def _all_content(dim: int, grid: tuple[int, ...]) -> GatedPositionalAttention:
         name="gated_positional",
         title="ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases",
         paper="2103.10697",
+        system="convit",
         family="spatial",
         kind=TOKENS,
         capabilities=NONCAUSAL_SELF | ANY_GRID | EXACT,
