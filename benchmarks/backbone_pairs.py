@@ -323,6 +323,8 @@ class Around(nn.Module):
 
 def spikformer(module: Any, side: int) -> nn.Module:
     node = module.MultiStepLIFNode
+    if not issubclass(node, nn.Module):
+        raise ImportError("spikingjelly 0.0.0.0.12 is not there")
     module.MultiStepLIFNode = lambda backend, **given: node(backend="torch", **given)  # theirs is for GPUs
     net = module.spikformer()
     neurons = [part for part in net.modules() if isinstance(part, node)]
@@ -441,7 +443,8 @@ PAIRS: dict[str, Peer] = {
         lambda module, side: fan(module, side, num_scales=4), TAP, "models.tap_fan", "TAPADL_FAN"
     ),
     "fan_small_12_p16_224": Peer(fan, TAP, "models.fan", "TAPADL_FAN"),
-    "spikformer_8_512": Peer(spikformer, "ZK-Zhou/spikformer", "model", "imagenet", side=224),
+    "spikformer_8_512": Peer(spikformer, "ZK-Zhou/spikformer", "model", "imagenet", side=224,
+                             note="spikingjelly's neurons in its PyTorch form"),
     "vitaev2_vsa_s": Peer(named("ViTAEv2_VSA_S", "img_size"), "ViTAE-Transformer/ViTAE-VSA", "vitaev2_vsa.models",
                           "Image-Classification"),
     "hornet_tiny_7x7": Peer(named("hornet_tiny_7x7"), "raoyongming/HorNet", "hornet"),
@@ -486,8 +489,8 @@ PAIRS: dict[str, Peer] = {
 
 WITHOUT_PEER = {
     "dependencyvit": "the authors' repository holds no code",
-    "dynamicvis": "its scan is compiled for GPUs alone",
-    "minimal_transformer": "there is no code of the authors",
+    "dynamicvis": "no peer has been set up",
+    "minimal_transformer": "no peer has been set up",
     "nat, dinat": "NATTEN has neither kernels for CPUs nor the authors' tables of relative positions since 0.20",
     "s2aformer": "the authors have published no code",
     "spikformer_v2": "the authors have published the first version only, which has a row",
@@ -495,6 +498,6 @@ WITHOUT_PEER = {
     "swin_vsa": "the authors have published ViTAEv2-VSA only, which has a row",
     "terminator": "the authors' repository lacks the network",
     "tic": "the authors have published the operator only",
-    "union_vit": "the authors' code has no named size of it",
+    "union_vit": "no peer has been set up",
     "vim2": "the authors have published no code",
 }
