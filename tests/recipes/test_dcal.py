@@ -75,6 +75,15 @@ def test_the_closer_look_asks_with_the_patches_that_rank_highest_and_the_class_t
 
 
 @torch.no_grad()
+def test_classes_do_not_hang_on_which_patches_are_chosen() -> None:
+    net, x = make().eval(), images()
+    tokens = net.run(net.backbone.embed(x)[0])[0][-1]
+    first, other = (net.look_closer(tokens, torch.tensor([chosen]).expand(4, -1)) for chosen in ((0, 1, 2), (0, 7, 9)))
+    torch.testing.assert_close(first[:, 0], other[:, 0])
+    assert not torch.allclose(first[:, 1:], other[:, 1:])
+
+
+@torch.no_grad()
 def test_an_image_paired_with_itself_is_as_if_alone_and_with_another_it_is_not() -> None:
     net, x = make().eval(), images()
     x = net.backbone.embed(x)[0]

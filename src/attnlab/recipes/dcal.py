@@ -132,8 +132,10 @@ class DCAL(nn.Module):
         probabilities = dcal.eval()(images)                      # of both classifiers, summed
         features = dcal.features(images)                         # of both, for re-identification
 
-    Costs one block in inference. The ranking carries no gradient. Source: arXiv 2205.02151; no code was released, and
-    what the paper leaves open is an argument here.
+    Costs one block in inference. The ranking carries no gradient. Classes are read from the closer look's class token,
+    which no chosen patch's output reaches in its one block: the choice shows where the network looked, and changes
+    nothing in the logits (`benchmarks/dcal_parts.py` finds gains from pairs alone). Source: arXiv 2205.02151; no code
+    was released, and what the paper leaves open is an argument here.
 
     Args:
         backbone: a `Plain` network with a class token and `MultiHead` mixers; it becomes a part of this module.
