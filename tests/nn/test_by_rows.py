@@ -12,6 +12,7 @@ from attnlab.models.skeletons.plain import TokenBlock
 from attnlab.models.skeletons.pyramid import Block
 from attnlab.nn import by_rows as module
 from attnlab.nn.by_rows import by_rows
+from attnlab.nn.spatial.multi_axis import BlockAttention
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +92,13 @@ def test_token_blocks_are_the_same_in_rows() -> None:
     wanted = block(x)
     with torch.no_grad():
         torch.testing.assert_close(block(x), wanted.detach())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biased", [True, False])
+def test_windows_apart_are_windows_at_once(biased: bool) -> None:
+    mixer = BlockAttention(8, heads=2, window=2, biased=biased).double().eval()
+    x = torch.randn(3, 24, 8, dtype=torch.float64)
+    apart = mixer(x, grid=(4, 6))
+    mixer.wo.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(apart, mixer(x, grid=(4, 6)))

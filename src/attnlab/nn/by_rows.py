@@ -16,7 +16,7 @@ _ROWS = 512  # and at least so many rows, for the products' sake
 _LAYERS = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Identity, nn.Dropout}
 
 
-def by_rows(call: Callable[..., Tensor], *maps: Tensor, through: Sequence[nn.Module]) -> Tensor:
+def by_rows(call: Callable[..., Tensor], *maps: Tensor, through: Sequence[nn.Module], axes: int = 1) -> Tensor:
     """`call(*maps)` of maps `(…, C)` that share all but the last axis, where `call` computes each row alone.
 
     Large maps cost a CPU more in fresh memory than in products. In inference they go some rows at a time, which give
@@ -25,21 +25,23 @@ def by_rows(call: Callable[..., Tensor], *maps: Tensor, through: Sequence[nn.Mod
     Args:
         through: the modules that `call` uses; those of other classes than torch's count as row by row if they say so,
             by a class attribute `rowwise = True`.
+        axes: how many of the last axes make a row; two if groups of rows are computed each alone, as in windows.
     """
     if torch.compiler.is_compiling():
         return call(*maps)
     parts = [part for module in through for part in module.modules()]
     width = max((part.out_features for part in parts if isinstance(part, nn.Linear)), default=maps[0].shape[-1])
-    rows = maps[0].shape[:-1].numel()
-    if rows * width < _WORTH or not _hidden(maps, parts):
+    lead, group = maps[0].shape[:-axes], maps[0].shape[-axes:-1].numel()
+    rows = lead.numel()
+    if rows * group * width < _WORTH or not _hidden(maps, parts):
         return call(*maps)
-    flat, out = [m.reshape(rows, -1) for m in maps], None
-    step = max(_ROWS, torch.get_num_threads() * _CACHED // width)
+    flat, out = [m.reshape(rows, *m.shape[-axes:]) for m in maps], None
+    step = -(-max(_ROWS, torch.get_num_threads() * _CACHED // width) // max(group, 1))
     for start in range(0, rows, step):
         part = call(*(m[start : start + step] for m in flat))
-        out = part.new_empty(rows, part.shape[-1]) if out is None else out
+        out = part.new_empty(rows, *part.shape[1:]) if out is None else out
         out[start : start + step] = part
-    return call(*maps) if out is None else out.view(*maps[0].shape[:-1], -1)
+    return call(*maps) if out is None else out.view(*lead, *out.shape[1:])
 
 
 def _hidden(maps: Sequence[Tensor], parts: Sequence[nn.Module]) -> bool:

@@ -13,12 +13,15 @@ _PLACES = 256  # from which on a 1×1 convolution is faster as a linear layer
 _WORTH = 1 << 17  # numbers in a map from which on a pass over it costs more than a few small operations
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, like: nn.Conv2d) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, like: nn.Conv2d, activation: nn.Module | None = None
+) -> Tensor:
     """A convolution of the shape of `like`; 1×1 ones over many places in channels-last memory are linear layers."""
     many = x.shape[0] * x.shape[2] * x.shape[3] >= _PLACES
     if isinstance(like, Pointwise) and many and x.is_contiguous(memory_format=torch.channels_last):
-        return product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, like.stride, like.padding, like.dilation, like.groups)
+        return product(x.permute(0, 2, 3, 1), weight.flatten(1), bias, activation).permute(0, 3, 1, 2)
+    y = F.conv2d(x, weight, bias, like.stride, like.padding, like.dilation, like.groups)
+    return y if activation is None else activation(y)
 
 
 class Pointwise(nn.Conv2d):
@@ -55,8 +58,9 @@ class ConvNorm(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if not self.folds(x):
             return super().forward(x)
-        y = convolve(x, *self.folded(), self.conv)
-        for follows in list(self)[2:]:  # the activation, and whatever was added
+        follow = list(self)[2:]  # the activation, and whatever was added
+        y = convolve(x, *self.folded(), self.conv, follow[0] if follow else None)
+        for follows in follow[1:]:
             y = follows(y)
         return y
 

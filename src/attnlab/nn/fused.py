@@ -30,9 +30,13 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
     return _pointwise(x, layer.weight, layer.bias, activation)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear(x, weight, bias)`, in one pass where `linear` would be."""
-    return (_pointwise if _fused(x, weight, bias) and untouched(x) else F.linear)(x, weight, bias)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> Tensor:
+    """`activation(F.linear(x, weight, bias))`, in one pass where `linear` would be."""
+    modules = () if activation is None else (activation,)
+    if _fused(x, weight, bias, activation) and untouched(x, *modules):
+        return _pointwise(x, weight, bias, activation)
+    y = F.linear(x, weight, bias)
+    return y if activation is None else activation(y)
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> Tensor:

@@ -21,7 +21,7 @@ def untouched(x: Tensor, *modules: nn.Module) -> bool:
         return False
     if type(x) is not Tensor or x.device.type != "cpu" or x.is_sparse or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.autograd.forward_ad._current_level >= 0 or _has_any_global_hook():
+    if torch.autograd.forward_ad._current_level >= 0 or _has_any_global_hook() or torch._C._len_torch_function_stack():
         return False
     return not any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
 from attnlab.models.skeletons.parts import ChannelNorm, Downsample
 from attnlab.models.skeletons.pyramid import Block, Place, Pyramid
+from attnlab.nn.by_rows import by_rows
 from attnlab.nn.channel.channel_group import ChannelGroupAttention
 from attnlab.nn.spatial.multi_axis import BlockAttention
 
@@ -55,7 +56,11 @@ class DualBlock(Block):
         if self.plain:
             return x
         x = x.permute(0, 2, 3, 1)
-        return (x + self.drop_path(self.mlp(self.norm2(x)))).permute(0, 3, 1, 2)
+        return by_rows(self.feed, x, through=(self.norm2, self.mlp, self.drop_path)).permute(0, 3, 1, 2)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second half, on `(…, C)`."""
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class NormPatches(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
@@ -49,7 +50,8 @@ class ResidualBlock(nn.Module):
         self.act = relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.gate(self.convs(x)) + self.shortcut(x))
+        y, shortcut = self.gate(self.convs(x)), self.shortcut(x)
+        return self.act(y + shortcut if torch.is_grad_enabled() else y.add_(shortcut))
 
 
 def _size(params: int, depths: tuple[int, ...], kernels: tuple[int, ...], bottleneck: bool) -> Size:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
 from attnlab.models.skeletons.parts import ChannelNorm
 from attnlab.models.skeletons.pyramid import Block, Place, Pyramid
+from attnlab.nn.by_rows import by_rows
 from attnlab.nn.spatial.global_query import FusedResidual, GlobalQueryAttention, QueryGenerator
 from attnlab.nn.spatial.multi_axis import BlockAttention
 
@@ -60,9 +61,7 @@ class ContextBlock(Block):
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         asked = {} if self.local_only else {"queries": queries}
         y = self.mixer(self.norm1(x).flatten(1, 2), grid=(x.shape[1], x.shape[2]), **asked).view(x.shape)
-        x = x + self.drop_path(y if self.scale1 is None else y * self.scale1)
-        y = self.mlp(self.norm2(x))
-        return x + self.drop_path(y if self.scale2 is None else y * self.scale2)
+        return by_rows(self.after, x, y, through=(self.norm2, self.mlp, self.drop_path))
 
 
 class ContextStage(nn.Module):

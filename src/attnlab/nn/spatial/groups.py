@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.attend import attend
+from attnlab.nn.by_rows import by_rows
 from attnlab.nn.kept import Kept
 from attnlab.nn.mechanism import check_grid
 from attnlab.nn.multihead import MultiHead
@@ -155,8 +156,16 @@ class GroupAttention(MultiHead):
         self.refuse(context=context, pattern=pattern, state=state)
         height, width = check_grid(grid, x.shape[1], axes=2)
         groups = self.groups((height, width))
-        tiles = groups.cut(x.unflatten(1, (height, width)))
-        return self.within(groups, *self.qkv(tiles))
+        tiles, dropout = groups.cut(x.unflatten(1, (height, width))), self.dropout if self.training else 0.0
+        bias = self.score_bias(groups, tiles)
+        if bias is not None and len(bias) > 1:  # not the same for all groups
+            return self.within(groups, *self.qkv(tiles))
+
+        def inside(tiles: Tensor) -> Tensor:
+            q, k, v = self.qkv(tiles)
+            return self.merge(attend(q, k, v, bias=None if bias is None else bias.to(q.dtype), dropout=dropout))
+
+        return groups.join(by_rows(inside, tiles, through=(self.wqkv, self.wo), axes=2)).flatten(1, 2)
 
     def within(self, groups: Groups, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention inside each group, joined to tokens `(B, H·W, C)`; q, k and v are `(B · groups, heads, n, D)`."""
