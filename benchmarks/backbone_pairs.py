@@ -489,9 +489,10 @@ PAIRS: dict[str, Peer] = {
 
 WITHOUT_PEER = {
     "dependencyvit": "the authors' repository holds no code",
+    "dinat": "NATTEN has neither kernels for CPUs nor the authors' tables of relative positions since 0.20",
     "dynamicvis": "no peer has been set up",
-    "minimal_transformer": "no peer has been set up",
-    "nat, dinat": "NATTEN has neither kernels for CPUs nor the authors' tables of relative positions since 0.20",
+    "minimal_transformer": "the authors have published no code",
+    "nat": "NATTEN has neither kernels for CPUs nor the authors' tables of relative positions since 0.20",
     "s2aformer": "the authors have published no code",
     "spikformer_v2": "the authors have published the first version only, which has a row",
     "stepnet": "the authors have published no code",
