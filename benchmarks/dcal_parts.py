@@ -26,8 +26,8 @@ Found on 2026-11-20, seeds 0 to 4 (mean ± deviation over seeds):
     both              0.858 ± 0.050  0.142 ± 0.050  ×5.7                   1.00
 
 Pairs narrow the gap in every seed, by 0.055 ± 0.025, and rollout finds the part (×1.0 in an untrained network). The
-closer look adds nothing: +0.001 ± 0.018 by seed. Nor does it in the second study (stopped after seeds 0, 2 and 4):
-alone 0.947, 0.930, 0.966; with the closer look 0.942, 0.930, 0.964; one block deeper 0.935, 0.954, 0.972. There is a
+closer look adds nothing: +0.001 ± 0.018 by seed. Nor does it in the second study: alone 0.948 ± 0.015, one block deeper
+0.954 ± 0.015, with the closer look 0.946 ± 0.015 (by seed −0.002 ± 0.003), rollout on the glyph ×18. There is a
 reason: the class is read from the class token of its one block, and no chosen patch's output reaches that token, so
 that the choice, however good, cannot change the class. What is left is one more block and one more classifier.
 """
