@@ -117,3 +117,15 @@ def test_bad_arguments_are_named():
         MBConv(8, 8, stride=3)
     with pytest.raises(ValueError, match="input_dim must be dim where stride is 1, got 4 and 8"):
         MBConv(4, 8)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_norms_on_the_way_into_the_weights_change_nothing(stride):
+    block = MBConv(4, 8 if stride > 1 else 4, stride=stride).double()
+    x = torch.randn(2, 4, 9, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        block(x + 1)  # statistics that are not those of the beginning
+    wanted = block.eval()(x)
+    with torch.no_grad():
+        assert block.folds(x)
+        torch.testing.assert_close(block(x), wanted.detach())
