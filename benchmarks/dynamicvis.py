@@ -9,11 +9,23 @@ nothing: 0.125) and the share of the softmax's weight on them (0.031), before an
 trained. Means over the blocks, and the block that picks most of them.
 
 A router learns through the weight of what the scan adds to a token, so it can learn only what the scan is needed for.
-Hence three rows for each seed. In the first two a box's class is the colour of its object and that of the other, too
-far for any convolution: it must come through a scan of both. In the second the 32 tokens are drawn by lot instead, so
-its shares are what the router would have picked. In the third a class is the object's own colour, which the stem has
-seen already: it is right without the routers' help, and they have no reason to find anything. (Routers whose own
-weights stay as they were drawn are no control: the tokens then learn to please them.)
+Hence three rows for each seed. In the first two a box's class is the colour of the other object, too far for any
+convolution: it must come through a scan of both. In the second the 32 tokens are drawn by lot instead, so its shares
+are what the router would have picked. In the third a class is the object's own colour, which the stem has seen
+already: it is right without the routers' help, and they have no reason to find anything. (Routers whose own weights
+stay as they were drawn are no control: the tokens then learn to please them.)
+
+What came out on 2026-11-20. Routed and all tokens: 0.38 and 0.78 s at 256², 1.24 and 3.04 s at 512², 2.1 and 2.5 times
+less. Shares of picked objects before and after, and accuracy (a guess has 0.5), seeds 20 to 23:
+
+    other's colour   0.00 → 0.19, 0.56    0.25 → 0.78, 1.00    0.44 → 0.73, 1.00    0.00 → 0.00, 0.45
+    picks by lot     0.00 → 0.00, 0.56    0.25 → 0.25, 0.39    0.44 → 0.33, 0.50
+    own colour       0.00 → 0.00, 1.00    0.25 → 0.01, 1.00
+
+So routers keep and sharpen what they happen to pick, and lose it where the scan is not needed. An object that no block
+picks at first they do not find in 500 steps, as the reason above says: its scan is never seen. Noise of 1 instead of
+0.1 did not change that (seed 20: 0.00, 0.56). With classes of both colours and 300 steps, seeds 10 to 12 had
+0.05 → 0.42, 0.15 → 0.52 and 0.16 → 0.00. That trained routers cover the objects is not shown for every seed.
 """
 
 from __future__ import annotations
