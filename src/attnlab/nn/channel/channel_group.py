@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_LENGTH, NONCAUSAL_SELF, PERMUTATION_EQUIVARIANT, TOKENS, Card, register
+from attnlab.nn.fused import linear
 from attnlab.nn.mechanism import Mechanism, check_heads
 
 
@@ -61,7 +62,7 @@ class ChannelGroupAttention(Mechanism):
     ) -> Tensor:
         self.check(x)
         self.refuse(context=context, pattern=pattern, state=state)
-        q, k, v = self.wqkv(x).chunk(3, dim=-1)
+        q, k, v = linear(x, self.wqkv).chunk(3, dim=-1)
         weights = self.weights(k, v)
         if x.shape[1] < self.dim:
             heads = q.unflatten(-1, (self.heads, -1)).transpose(1, 2) @ weights.mT

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
 from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.fused import linear
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -89,7 +90,7 @@ class FocalModulation(nn.Module):
         if x.ndim != self.spatial + 2 or x.shape[1] != self.dim or 0 in x.shape:
             axes = ", ".join("DHW"[-self.spatial :])
             raise ValueError(f"x must be (B, {self.dim}, {axes}) and not empty, got {tuple(x.shape)}")
-        query, context, gates = self.wqcg(x.movedim(1, -1)).split((self.dim, self.dim, self.levels + 1), -1)
+        query, context, gates = linear(x.movedim(1, -1), self.wqcg).split((self.dim, self.dim, self.levels + 1), -1)
         if self.normalize:
             gates = gates / (self.levels + 1)
         contexts = []
@@ -100,6 +101,6 @@ class FocalModulation(nn.Module):
         total = contexts[0] * gates[..., :1]
         for level in range(1, self.levels + 1):
             total = torch.addcmul(total, contexts[level], gates[..., level, None])
-        y = query * self.wm(total)
+        y = query * linear(total, self.wm)
         y = y if self.norm is None else self.norm(y)
-        return self.dropout(self.wo(y)).movedim(-1, 1)
+        return self.dropout(linear(y, self.wo)).movedim(-1, 1)

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from attnlab.cards import ANY_GRID, FEATURES, Card, register
 from attnlab.nn.by_rows import by_rows
 from attnlab.nn.depthwise import DepthwiseConv
+from attnlab.nn.fused import product
 from attnlab.nn.untouched import untouched
 
 # As many times more places than channels, from which on products with slices of the weights cost less than copies.
 _TRAINED, _EVALUATED = 4, 16
+_GELU = nn.GELU()
 
 
 @register(
@@ -58,7 +60,7 @@ class GatedCNN(nn.Module):
         x, rows = x.movedim(1, -1), x.numel() // self.dim
         many = self.dim * (_TRAINED if torch.is_grad_enabled() else _EVALUATED)
         if rows >= many and isinstance(self.conv, DepthwiseConv) and _plain(x, self.fc1, self.fc2):
-            c = F.linear(x, self.fc1.weight[-self.convolved :], self.fc1.bias[-self.convolved :])
+            c = product(x, self.fc1.weight[-self.convolved :], self.fc1.bias[-self.convolved :])
             mixed = self.conv(c.movedim(-1, 1)).movedim(1, -1)
             return by_rows(self.apart, x, mixed, through=(self.fc1, self.fc2)).movedim(-1, 1)
         gate, value = self.fc1(x).split(self.hidden, -1)
@@ -76,8 +78,8 @@ class GatedCNN(nn.Module):
         widths = (self.hidden - self.convolved, self.convolved)
         (g, h, i, _), (a, b, c, _) = self.fc1.weight.split(2 * widths), self.fc1.bias.split(2 * widths)
         first, second = self.fc2.weight.split(widths, 1)
-        y = F.linear(F.gelu(F.linear(x, g, a)) * F.linear(x, i, c), first, self.fc2.bias)
-        return y + F.linear(F.gelu(F.linear(x, h, b)) * mixed, second)
+        y = product(product(x, g, a, _GELU) * product(x, i, c), first, self.fc2.bias)
+        return y + product(product(x, h, b, _GELU) * mixed, second, None)
 
 
 def _plain(x: Tensor, *layers: nn.Module) -> bool:
