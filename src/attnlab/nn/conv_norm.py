@@ -10,25 +10,37 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from attnlab.nn.fused import product
 
 _PLACES = 256  # from which on a 1×1 convolution is faster as a linear layer
+_HEAVIER = 8  # times as many weights as numbers in the map, from which on the map is what should be moved
 _WORTH = 1 << 17  # numbers in a map from which on a pass over it costs more than a few small operations
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, like: nn.Conv2d, activation: nn.Module | None = None
 ) -> Tensor:
-    """A convolution of the shape of `like`; 1×1 ones over many places in channels-last memory are linear layers."""
+    """A convolution of the shape of `like`; 1×1 ones over many places in channels-last memory are linear layers.
+
+    Torch moves the weights of all others into the memory order of the map, at each call; where the weights are many and
+    the map is small it is the map that is moved, there and back.
+    """
     many = x.shape[0] * x.shape[2] * x.shape[3] >= _PLACES
     if isinstance(like, Pointwise) and many and x.is_contiguous(memory_format=torch.channels_last):
         return product(x.permute(0, 2, 3, 1), weight.flatten(1), bias, activation).permute(0, 3, 1, 2)
-    y = F.conv2d(x, weight, bias, like.stride, like.padding, like.dilation, like.groups)
+    moved = weight[0, 0].numel() > 1 and weight.is_contiguous() and weight.numel() >= _HEAVIER * x.numel()
+    moved = moved and x.is_contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x.contiguous() if moved else x, weight, bias, like.stride, like.padding, like.dilation, like.groups)
+    y = y.contiguous(memory_format=torch.channels_last) if moved else y
     return y if activation is None else activation(y)
 
 
-class Pointwise(nn.Conv2d):
-    """A 1×1 convolution of stride 1."""
+class Conv(nn.Conv2d):
+    """A convolution, in whichever memory order is the faster (see `convolve`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return convolve(x, self.weight, self.bias, self)
+
+
+class Pointwise(Conv):
+    """A 1×1 convolution of stride 1."""
 
 
 class ConvNorm(nn.Sequential):
@@ -49,7 +61,7 @@ class ConvNorm(nn.Sequential):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        kind = Pointwise if kernel == stride == groups == 1 else nn.Conv2d
+        kind = Pointwise if kernel == stride == groups == 1 else Conv
         self.conv = kind(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_dim)
         if activation is not None:
