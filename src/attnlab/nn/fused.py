@@ -57,6 +57,7 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module
         and rows >= _TALL * weight.shape[1]
         and type(activation) in _FORMS
         and x.dtype is torch.float32
+        and weight.is_contiguous()  # for slices of columns it has no fast kernel
         and not recorded(x, weight, bias)
         and torch._C._get_mkldnn_enabled()
         and not torch._C._len_torch_dispatch_stack()
