@@ -1,7 +1,7 @@
 """Every mixer of maps in one pyramid at equal parameters: accuracy against measured latency and counted FLOPs.
 
     python benchmarks/mixer_study.py [--steps 150] [--out runs/mixers.json] [--skip-training] [--skip-latency]
-                                     [--only focal,neighborhood] [--write PAGE.md]
+                                     [--only focal,neighborhood] [--write docs/mixers.md] [--draw docs/mixers.svg]
 
 The same two-stage pyramid (32 and 64 channels, two blocks each, patches of 4) around each registered mechanism of maps
 or of token grids, as its card samples it; the MLPs' width makes up for what the mixer takes, so that all have the same
@@ -155,6 +155,41 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def front(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Those of (cost, accuracy, name) that nothing cheaper reaches, cheapest first."""
+    best: list[tuple[float, float, str]] = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best
+
+
+def draw(results: dict[str, dict], file: Path) -> None:
+    """Accuracy (the mean of both tasks) against latency and FLOPs at 64²; the best for their cost have their names."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, (key, label) in zip(
+        figure.subplots(1, 2, sharey=True), (("ms", "milliseconds of one image"), ("flops", "FLOPs of one image")),
+        strict=True,
+    ):  # fmt: skip
+        points = [
+            (r["cost"][str(SIZE)][key], 50 * (r["textures"] + r["digits"]), name)
+            for name, r in results.items()
+            if "digits" in r and str(SIZE) in r.get("cost", {})
+        ]
+        axes.scatter(*zip(*[p[:2] for p in points], strict=True), s=14, color="0.7")
+        best = front(points)
+        axes.plot(*zip(*[p[:2] for p in best], strict=True), "o-", markersize=4)
+        for cost, value, name in best:
+            axes.annotate(name, (cost, value), textcoords="offset points", xytext=(5, -9), fontsize=7)
+        axes.set(xscale="log", xlabel=f"{label} of {SIZE}²")
+    figure.axes[0].set_ylabel("accuracy, mean of textures and digits, %")
+    with rc_context({"svg.hashsalt": "attnlab"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
@@ -162,7 +197,8 @@ def main() -> None:
     parser.add_argument("--only", help="comma-separated mixers")
     parser.add_argument("--skip-training", action="store_true")
     parser.add_argument("--skip-latency", action="store_true")
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--write", type=Path, help="a page, whose table is replaced")
+    parser.add_argument("--draw", type=Path, help="a picture of accuracy against cost")
     options = parser.parse_args()
     results: dict[str, dict] = json.loads(options.out.read_text()) if options.out.exists() else {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +214,8 @@ def main() -> None:
         print(f"{name:<22} {shown}  {time.perf_counter() - start:.0f} s", flush=True)
     text = table(results)
     print("\n" + text)
+    if options.draw:
+        draw(results, options.draw)
     if options.write:
         page = options.write.read_text()
         options.write.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{text}\n{END}{page.split(END)[1]}")

@@ -57,12 +57,13 @@ class ConvNorm(nn.Sequential):
         stride: int = 1,
         *,
         groups: int = 1,
+        dilation: int = 1,
         activation: nn.Module | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__()
         kind = Pointwise if kernel == stride == groups == 1 else Conv
-        self.conv = kind(dim, out_dim, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        self.conv = kind(dim, out_dim, kernel, stride, kernel // 2 * dilation, dilation, groups, bias)
         self.norm = nn.BatchNorm2d(out_dim)
         if activation is not None:
             self.act = activation

@@ -14,8 +14,7 @@ class ConvNormGELU(ConvNorm):
     """A convolution without bias that keeps the size (at stride 1), a batch norm of eps 1e-6, and GELU."""
 
     def __init__(self, dim: int, out_dim: int, stride: int = 1, *, groups: int = 1, dilation: int = 1) -> None:
-        super().__init__(dim, out_dim, 3, stride, groups=groups, activation=nn.GELU())
-        self.conv = nn.Conv2d(dim, out_dim, 3, stride, dilation, dilation, groups, bias=False)
+        super().__init__(dim, out_dim, 3, stride, groups=groups, dilation=dilation, activation=nn.GELU())
         self.norm.eps = 1e-6
 
 
