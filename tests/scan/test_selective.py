@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import attnlab
+from attnlab.cost import count_flops
 from attnlab.scan.selective import selective_scan
 
 B, N, C, S = 2, 23, 5, 4
@@ -108,3 +110,12 @@ def test_bad_input_is_named(change: dict, error: type[Exception], words: str):
 def test_an_unknown_backend_is_named():
     with pytest.raises(ValueError, match="backend must be"):
         run(inputs(), "fast")
+
+
+@pytest.mark.parametrize("name", ["mamba", "kda", "linear"])
+def test_on_the_meta_device_shapes_and_flops_are_those_of_numbers(name: str):
+    module, x = attnlab.build(name, 32, causal=True), torch.randn(1, 80, 32)
+    flops = count_flops(module, x)
+    assert flops > 0
+    assert module.to("meta")(x.to("meta")).shape == x.shape
+    assert count_flops(module, x.to("meta")) == flops

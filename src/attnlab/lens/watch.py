@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from attnlab.autocast import autocast_off
 from attnlab.lens.event import Event
 from attnlab.lens.measures.weights import entropy, max_weight, mean_distance, received, sink_mass
 from attnlab.lens.record import Entry, Record, misfit, tokens_before
@@ -126,7 +127,7 @@ class _Watcher(Subscriber):
         if self.keep == "outputs":
             return {"": out if len(heads) == event.heads else out[:, heads]}
         # Inside autocast, products of what is kept exact would not be.
-        with torch.autocast(event.q.device.type, enabled=False):
+        with autocast_off(event.q):
             if self.keep == "weights":
                 few, left = of_heads(event, heads)
                 weights = few.weights()

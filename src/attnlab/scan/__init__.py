@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.overrides import handle_torch_function, has_torch_function
 
+from attnlab.autocast import autocast_off
 from attnlab.scan import fla
 from attnlab.scan.chunked import chunked
 from attnlab.scan.recurrent import Inputs, recurrent
@@ -96,7 +97,7 @@ def scan(
     decay = decay.unsqueeze(-1) if decay is not None and decay.ndim == 3 else decay
     beta = None if beta is None else beta.unsqueeze(-1)
     inputs = Inputs(q, k, v, decay, beta).each(lambda x: x.to(wide))
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         if backend == "chunked":
             chunk = chunk or (64 if decay is None or decay.shape[-1] == 1 else 32)
             out, state = _chunked(inputs, state.to(wide), bounds, chunk)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnlab.autocast import autocast_off
 from attnlab.scan.decays import Decays, decayed_scores, decayed_scores_backward, shared_decay_backward, unit_inverse
 from attnlab.scan.recurrent import Inputs
 
@@ -138,7 +139,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> Any:
-        with torch.autocast(d_out.device.type, enabled=False):
+        with autocast_off(d_out):
             return _backward(ctx, d_out, d_final)
 
 

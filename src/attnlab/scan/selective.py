@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnlab.autocast import autocast_off
+
 # Numbers of all states of the tokens that are worked on together: three such float32 arrays fit a core's cache.
 NUMBERS_AT_A_TIME = 2**17
 
@@ -48,7 +50,7 @@ def selective_scan(
     if backend not in ("auto", "recurrent", "blocked"):
         raise ValueError(f"backend must be auto, recurrent or blocked, got {backend!r}")
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         values, steps, a, b, c = (t.to(wide) for t in (x, delta, a, b, c))
         if state is None:
             state = values.new_zeros(x.shape[0], *a.shape)
