@@ -85,6 +85,32 @@ class Mechanism(nn.Module):
                 raise ValueError(f"{type(self).__name__} takes no {name}, got {type(value).__name__}")
 
 
+class OnGrid(Mechanism):
+    """A mechanism among all tokens of a grid of two axes: `over_grid(x, (height, width))` is all that it does.
+
+    A mix-in before a base with weights of its own, or a base by itself. It has no context, pattern or state.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        grid: tuple[int, ...] | None = None,
+        pattern: Any = None,
+        state: Any = None,
+    ) -> Tensor:
+        """`(B, H·W, C)` on `grid` (H, W), row by row, to the same."""
+        self.check(x)
+        self.refuse(context=context, pattern=pattern, state=state)
+        height, width = check_grid(grid, x.shape[1], axes=2)
+        return self.over_grid(x, (height, width))
+
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The mechanism itself, of tokens that fit the grid."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it does on a grid")
+
+
 def difference(theirs: Owner, ours: Owner) -> str:
     """In words, how the owner of a state differs from the mechanism that was given it."""
     if theirs[0] != ours[0]:

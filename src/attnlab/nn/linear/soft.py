@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, OPERATOR, TOKENS, Card, register
-from attnlab.nn.mechanism import Mechanism, check_grid, check_heads, join_heads, split_heads
+from attnlab.nn.mechanism import OnGrid, check_grid, check_heads, join_heads, split_heads
 
 _TITLE = "Softmax-free Linear Transformers"
 
@@ -93,7 +91,7 @@ def normalised_inverse(matrix: Tensor, *, iterations: int = 20, variant: str = "
         sample={"heads": 4, "ratio": 2},
     )
 )
-class SoftAttention(Mechanism):
+class SoftAttention(OnGrid):
     """Attention by a Gaussian kernel of tokens with themselves, factored through a coarse map of landmarks.
 
         q = Wq x / D^¼;  l = gelu(norm(conv_{ratio×ratio}(q)))             m = N/ratio² landmarks for each head
@@ -163,18 +161,8 @@ class SoftAttention(Mechanism):
         outer, middle = self.factors(q, (height, width))
         return outer @ middle @ outer.mT
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        grid: tuple[int, ...] | None = None,
-        pattern: Any = None,
-        state: Any = None,
-    ) -> Tensor:
-        self.check(x)
-        self.refuse(context=context, pattern=pattern, state=state)
-        height, width = check_grid(grid, x.shape[1], axes=2)
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        height, width = grid
         flat_q, flat_v = self.wqv(x).chunk(2, -1)
         q, v = split_heads(flat_q / self.head_dim**0.25, self.heads), split_heads(flat_v, self.heads)
         outer, middle = self.factors(q, (height, width))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
 from attnlab.nn.fused import linear
-from attnlab.nn.mechanism import check_grid, split_heads
+from attnlab.nn.mechanism import OnGrid, split_heads
 from attnlab.nn.multihead import MultiHead
 from attnlab.positions.bias import Displacement, TableBias
 
@@ -30,7 +29,7 @@ from attnlab.positions.bias import Displacement, TableBias
         sample={"heads": 4, "window": 4, "shift": 2},
     )
 )
-class ShiftedWindow(MultiHead):
+class ShiftedWindow(OnGrid, MultiHead):
     """Attention within w×w windows; every other block shifts them by half, so that information crosses their borders.
 
         y_i = Wo Σ_j softmax_j(q_i·k_j / √D + table[place(i) − place(j)]) v_j        j in the window of i
@@ -60,18 +59,8 @@ class ShiftedWindow(MultiHead):
         self.window, self.shift = window, shift
         self.relative = TableBias((window, window), heads)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        grid: tuple[int, ...] | None = None,
-        pattern: Any = None,
-        state: Any = None,
-    ) -> Tensor:
-        self.check(x)
-        self.refuse(context=context, pattern=pattern, state=state)
-        height, width = check_grid(grid, x.shape[1], axes=2)
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        height, width = grid
         window = min(self.window, height, width)
         shift = 0 if min(height, width) <= self.window else self.shift
         below, right = -height % window, -width % window

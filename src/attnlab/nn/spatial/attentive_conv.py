@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from attnlab.cards import ANY_GRID, FEATURES, NONCAUSAL_SELF, TOKENS, Card, register
 from attnlab.nn.depthwise import depthwise
 from attnlab.nn.fused import linear
-from attnlab.nn.mechanism import Mechanism, check_grid
+from attnlab.nn.mechanism import OnGrid
 
 
 def strips(places: int, count: int, like: Tensor) -> Tensor:
@@ -93,7 +91,7 @@ class AttentiveConv(nn.Module):
         growth=1.0,
     )
 )
-class AttentiveConvTokens(Mechanism):
+class AttentiveConvTokens(OnGrid):
     """`AttentiveConv` over tokens `(B, N, C)` on `grid`, in the place of attention: what SiT-ATConv mixes with.
 
     Cost: N·C·(2C + 2k²). Source: arXiv 2510.20092. The GELU is the tanh approximation, as in the authors' models.
@@ -107,16 +105,5 @@ class AttentiveConvTokens(Mechanism):
         super().__init__(dim)
         self.conv = AttentiveConv(dim, kernel=kernel, bias=bias, approximate=approximate)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        grid: tuple[int, ...] | None = None,
-        pattern: Any = None,
-        state: Any = None,
-    ) -> Tensor:
-        self.refuse(context=context, pattern=pattern, state=state)
-        self.check(x)
-        grid = check_grid(grid, x.shape[1], 2)
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.conv(x.unflatten(1, grid).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnlab.attend import attend
 from attnlab.cards import ANY_GRID, EXACT, NONCAUSAL_SELF, TOKENS, Card, register
-from attnlab.nn.mechanism import check_grid
+from attnlab.nn.mechanism import OnGrid, check_grid
 from attnlab.nn.multihead import MultiHead
 
 
@@ -36,7 +36,7 @@ def _all_content(dim: int, grid: tuple[int, ...]) -> GatedPositionalAttention:
         limit=_all_content,
     )
 )
-class GatedPositionalAttention(MultiHead):
+class GatedPositionalAttention(OnGrid, MultiHead):
     """Each head weighs what it sees by content and by place, and a gate says how much of each.
 
         y = Wo [(1 − σ(λ)) · softmax(q·k/√D) v + σ(λ) · softmax(P) v]
@@ -95,18 +95,8 @@ class GatedPositionalAttention(MultiHead):
             factors.append((linear[:, None, None] * offset + square[:, None, None] * offset.square()).softmax(-1))
         return factors[0], factors[1]
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        grid: tuple[int, ...] | None = None,
-        pattern: Any = None,
-        state: Any = None,
-    ) -> Tensor:
-        self.check(x)
-        self.refuse(context=context, pattern=pattern, state=state)
-        height, width = check_grid(grid, x.shape[1], axes=2)
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        height, width = grid
         if self.training and self.dropout:
             v = self.qkv(x)[2]
             return self.merge(F.dropout(self.weights(x, grid=grid), self.dropout) @ v)

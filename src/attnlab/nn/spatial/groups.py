@@ -8,7 +8,6 @@ long distance (CrossFormer)      size 7, step 4
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from attnlab.attend import attend
 from attnlab.nn.by_rows import by_rows
 from attnlab.nn.kept import Kept
-from attnlab.nn.mechanism import check_grid
+from attnlab.nn.mechanism import OnGrid
 from attnlab.nn.multihead import MultiHead
 from attnlab.positions.bias import TableBias
 
@@ -75,7 +74,7 @@ class Groups:
         return self.cut(torch.ones(1, *self.grid, 1, device=like.device, dtype=like.dtype))[..., 0] > 0
 
 
-class GroupAttention(MultiHead):
+class GroupAttention(OnGrid, MultiHead):
     """Softmax attention inside the groups of a map; a subclass says how it is cut.
 
         y_i = Wo Σ_j softmax_j(q_i·k_j / √D + table[place(i) − place(j)]) v_j        j in the group of i
@@ -143,18 +142,8 @@ class GroupAttention(MultiHead):
         bias = unseen.expand(-1, 1, unseen.shape[-1], -1) if bias is None else unseen + bias
         return bias.repeat(len(like) // groups.count, 1, 1, 1)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        grid: tuple[int, ...] | None = None,
-        pattern: Any = None,
-        state: Any = None,
-    ) -> Tensor:
-        self.check(x)
-        self.refuse(context=context, pattern=pattern, state=state)
-        height, width = check_grid(grid, x.shape[1], axes=2)
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        height, width = grid
         groups = self.groups((height, width))
         tiles, dropout = groups.cut(x.unflatten(1, (height, width))), self.dropout if self.training else 0.0
         bias = self.score_bias(groups, tiles)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
-from attnlab.nn.mechanism import Mechanism, check_grid, check_heads
+from attnlab.nn.mechanism import OnGrid, check_heads
 
 
 @register(
@@ -26,7 +26,7 @@ from attnlab.nn.mechanism import Mechanism, check_grid, check_heads
         sample={"heads": 4},
     )
 )
-class OutlookAttention(Mechanism):
+class OutlookAttention(OnGrid):
     """Mixes each k×k window by weights that one linear layer reads off the window's centre token: no query meets a key.
 
         A = softmax(scale · Wa pool(x))      one k²×k² matrix per window and head
@@ -66,18 +66,7 @@ class OutlookAttention(Mechanism):
         self.attn = nn.Linear(dim, kernel**4 * heads)
         self.wo = nn.Linear(dim, dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        grid: tuple[int, ...] | None = None,
-        pattern: Any = None,
-        state: Any = None,
-    ) -> Tensor:
-        self.check(x)
-        self.refuse(context=context, pattern=pattern, state=state)
-        grid = check_grid(grid, x.shape[1], axes=2)
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         maps = x.unflatten(1, grid)
         weights = self.weights(maps)
         values = Unfold.apply(self.wv(maps), self.heads, self.kernel, self.stride, self.padding)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, NONCAUSAL_SELF, TOKENS, Card, register
-from attnlab.nn.mechanism import Mechanism, check_grid
+from attnlab.nn.mechanism import OnGrid
 
 
 @register(
@@ -25,7 +23,7 @@ from attnlab.nn.mechanism import Mechanism, check_grid
         sample={"spectrum": (4, 4)},
     )
 )
-class SpectralGating(Mechanism):
+class SpectralGating(OnGrid):
     """Every token hears the whole map in N log N: each channel's spectrum is multiplied by learned complex numbers.
 
         y = irfft2(rfft2(x) ⊙ filter)        over the grid, orthonormal
@@ -55,18 +53,8 @@ class SpectralGating(Mechanism):
             weight = parts.permute(2, 3, 1, 0).contiguous()
         return torch.view_as_complex(weight)
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        grid: tuple[int, ...] | None = None,
-        pattern: Any = None,
-        state: Any = None,
-    ) -> Tensor:
-        self.check(x)
-        self.refuse(context=context, pattern=pattern, state=state)
-        height, width = check_grid(grid, x.shape[1], axes=2)
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        height, width = grid
         exact = torch.promote_types(x.dtype, torch.float32)  # there is no transform in half precision
         waves = torch.fft.rfft2(x.unflatten(1, (height, width)).to(exact), dim=(1, 2), norm="ortho")
         waves = waves * self.resized((height, width // 2 + 1))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, FEATURES, NONCAUSAL_SELF, TOKENS, Card, register
 from attnlab.nn.channel.squeeze_excite import SqueezeExcite
-from attnlab.nn.mechanism import Mechanism, check_grid, check_heads, join_heads, split_heads
+from attnlab.nn.mechanism import OnGrid, check_grid, check_heads, join_heads, split_heads
 from attnlab.nn.spatial.thin import attend_thin
 
 _TITLE = "S2AFormer: Strip Self-Attention for Efficient Vision Transformer"
@@ -31,7 +29,7 @@ REDUCTIONS = ("dwconv", "conv", "avgpool")
         sample={"heads": 4, "ratio": 2},
     )
 )
-class StripAttention(Mechanism):
+class StripAttention(OnGrid):
     """Attention whose scores cost one multiplication: queries and keys are a single channel ("strip") of each head.
 
         z = norm(conv_{r×r}(x));  y = Wo softmax(q kᵀ / √qk_dim) v        q = Wq x, (k, v) = (Wk, Wv) z
@@ -98,18 +96,8 @@ class StripAttention(Mechanism):
         q, k, v = (split_heads(t, self.maps) for t in (self.wq(x), k, v))
         return q, k, v
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        grid: tuple[int, ...] | None = None,
-        pattern: Any = None,
-        state: Any = None,
-    ) -> Tensor:
-        self.check(x)
-        self.refuse(context=context, pattern=pattern, state=state)
-        height, width = check_grid(grid, x.shape[1], axes=2)
+    def over_grid(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        height, width = grid
         return self.wo(join_heads(attend_thin(*self.qkv(x, (height, width)))))
 
     def weights(self, x: Tensor, *, grid: tuple[int, ...] | None = None) -> Tensor:
