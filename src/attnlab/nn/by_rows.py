@@ -12,6 +12,7 @@ from attnlab.nn.untouched import recorded, untouched
 
 _WORTH = 1 << 22  # numbers of the widest map from which on fresh memory costs more than smaller products
 _CACHED = 3 << 17  # numbers of it for each thread at a time
+_WIDER = 8  # times as wide as the maps that are given; modules of small ones are not even looked at
 _ROWS = 512  # and at least so many rows, for the products' sake
 _LAYERS = {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.SiLU, nn.ReLU, nn.Identity, nn.Dropout}
 
@@ -27,7 +28,7 @@ def by_rows(call: Callable[..., Tensor], *maps: Tensor, through: Sequence[nn.Mod
             by a class attribute `rowwise = True`.
         axes: how many of the last axes make a row; two if groups of rows are computed each alone, as in windows.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or maps[0].numel() * _WIDER < _WORTH:
         return call(*maps)
     parts = [part for module in through for part in module.modules()]
     width = max((part.out_features for part in parts if isinstance(part, nn.Linear)), default=maps[0].shape[-1])
