@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from backbone_pairs import PAIRS, WITHOUT_PEER, Pair, Peer, difference, has_fuse, logits, own_fuse, pair
+from backbone_pairs import Pair, Peer, difference, has_fuse, logits, own_fuse, pair
+from backbone_peers import PAIRS, WITHOUT_PEER
 from torch import nn
 
 Row = dict[str, Any]
