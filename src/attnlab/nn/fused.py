@@ -20,14 +20,14 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
     compiles, writes it once: a third faster where layers are narrow and maps are large.
     """
     modules = (layer,) if activation is None else (layer, activation)
-    if (
-        type(layer) is not nn.Linear
-        or not _fused(x, layer.weight, layer.bias, activation)
-        or not untouched(x, *modules)
-    ):
-        y = layer(x)
-        return y if activation is None else activation(y)
-    return _pointwise(x, layer.weight, layer.bias, activation)
+    if torch.compiler.is_compiling() or type(layer) is not nn.Linear or recorded(x, layer.weight, layer.bias):
+        return _then(activation, layer(x))  # before sizes are asked for, which a compiler would hold on to
+    if _fused(x, layer.weight, layer.bias, activation) and untouched(x, *modules):
+        return _pointwise(x, layer.weight, layer.bias, activation)
+    y = layer(x)
+    if type(activation) is nn.GELU and y.numel() >= _WORTH and untouched(x, *modules):
+        return torch.ops.aten.gelu_(y, approximate=activation.approximate)  # at least no memory of its own
+    return _then(activation, y)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> Tensor:
@@ -35,7 +35,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Modul
     modules = () if activation is None else (activation,)
     if _fused(x, weight, bias, activation) and untouched(x, *modules):
         return _pointwise(x, weight, bias, activation)
-    y = F.linear(x, weight, bias)
+    return _then(activation, F.linear(x, weight, bias))
+
+
+def _then(activation: nn.Module | None, y: Tensor) -> Tensor:
     return y if activation is None else activation(y)
 
 
@@ -52,7 +55,7 @@ _FORMS = {type(None): ("none", ""), nn.GELU: ("gelu", ""), nn.ReLU: ("relu", "")
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> bool:
     """Whether the kernel is there, takes this, and nobody counts or records operators on their way."""
     return (
-        not torch.compiler.is_compiling()  # before it asks for sizes, which would be held on to
+        not torch.compiler.is_compiling()
         and (rows := x.shape[:-1].numel()) * len(weight) >= _WORTH
         and rows >= _TALL * weight.shape[1]
         and type(activation) in _FORMS

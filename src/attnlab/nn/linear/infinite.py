@@ -12,18 +12,22 @@ from torch import Tensor, nn
 from attnlab.cards import ANY_LENGTH, NONCAUSAL_SELF, PERMUTATION_EQUIVARIANT, TOKENS, Card, register
 from attnlab.nn.mechanism import split_heads
 from attnlab.nn.multihead import MultiHead
+from attnlab.nn.untouched import recorded
 
 _TITLE = "Self-Attention And Beyond the Infinite: Towards Linear Transformers with Infinite Self-Attention"
 _EPS = 1e-6
-_ROWS = 256  # queries at a time where nothing is kept for a backward pass
+_ROWS = 256  # queries of one sample at a time where nothing is kept for a backward pass (CPU)
 
 
 def spectral_attention(q: Tensor, k: Tensor, v: Tensor, rho: Tensor | float, dropout: float = 0.0) -> Tensor:
     """ρ A v with A = relu(q kᵀ / D) of Frobenius norm 1, over all queries and keys of a head: `(B, H, N, Dv)`."""
+    parts = q.device.type == "cpu" and not recorded(q, k, v)
+    if parts and q.dim() == 4 and len(q) > 1 and not torch.compiler.is_compiling():
+        samples = zip(q.split(1), k.split(1), v.split(1), strict=True)
+        return torch.cat([spectral_attention(*sample, rho, dropout) for sample in samples])
     q = q / q.shape[-1]
-    kept = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     outputs, norms = [], []
-    for rows in (q,) if kept else q.split(_ROWS, -2):
+    for rows in q.split(_ROWS, -2) if parts else (q,):
         affinity = (rows @ k.mT).relu_()
         norms.append(torch.linalg.vector_norm(affinity, dim=(-2, -1)))
         outputs.append((F.dropout(affinity, dropout) if dropout else affinity) @ v)
