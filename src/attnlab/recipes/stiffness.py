@@ -47,7 +47,6 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         name="neural_stiffness",
         title="Understanding Self-attention Mechanism via Dynamical System Perspective",
         paper="2308.09939",
-        system="stepnet",
         family="measure",
         kind=RECIPE,
         cost="N",

@@ -5,7 +5,7 @@ import torch
 
 import attnlab
 from attnlab.models.vision.ecamobilenet import ECAMobileNetV2
-from attnlab.models.vision.ecaresnet import SIZES, ECAResNet
+from attnlab.models.vision.ecaresnet import SIZES, ECAResNet, ResidualBlock
 from attnlab.nn.channel.eca import EfficientChannelAttention
 
 # Parameters of the plain networks (torchvision's documentation), and the weights that attention adds (arXiv 1910.03151:
@@ -73,3 +73,18 @@ def test_kernels_must_fit_the_stages():
     with pytest.raises(ValueError, match=r"kernels needs one entry per stage \(4\), got 2"):
         ECAResNet(kernels=(3, 5))
     assert set(SIZES) == set(PLAIN) - {"eca_mobilenetv2"}
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_what_a_hook_keeps_of_a_gate_stays_as_it_was(hooked):
+    torch.manual_seed(0)
+    block, x, kept = ResidualBlock(8, 8).eval(), torch.randn(2, 8, 6, 6), []
+    with torch.no_grad():
+        gate = block.gate(block.convs(x))
+        if hooked:
+            block.gate.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        y = block(x)
+    torch.testing.assert_close(y, (gate + x).relu())
+    assert len(kept) == hooked
+    for output in kept:
+        torch.testing.assert_close(output, gate)

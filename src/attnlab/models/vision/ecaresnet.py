@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from attnlab.cards import ANY_GRID, BACKBONE, Card, Size, register
 from attnlab.models.skeletons.parts import ConvNorm, kaiming_conv
 from attnlab.models.skeletons.pyramid import Place, Pyramid
 from attnlab.nn.channel.eca import EfficientChannelAttention
+from attnlab.nn.untouched import recorded, untouched
 
 
 class ResidualBlock(nn.Module):
@@ -51,7 +51,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, shortcut = self.gate(self.convs(x)), self.shortcut(x)
-        return self.act(y + shortcut if torch.is_grad_enabled() else y.add_(shortcut))
+        # In the gate's own memory where nobody has kept what it gave.
+        own = type(self.gate) is EfficientChannelAttention and not recorded(y, shortcut) and untouched(y, self.gate)
+        return self.act(y.add_(shortcut) if own else y + shortcut)
 
 
 def _size(params: int, depths: tuple[int, ...], kernels: tuple[int, ...], bottleneck: bool) -> Size:

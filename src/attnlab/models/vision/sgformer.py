@@ -97,7 +97,6 @@ class SelfGuidedPair(nn.Module):
         name="sgformer",
         title="SG-Former: Self-guided Transformer with Evolving Token Reallocation",
         paper="2308.12216",
-        system="sgformer",
         family="tokens",
         kind=BACKBONE,
         cost="N²/r²",

@@ -48,7 +48,6 @@ SIZES = {
         name="stepnet",
         title="Understanding Self-attention Mechanism via Dynamical System Perspective",
         paper="2308.09939",
-        system="stepnet",
         family="channel",
         kind=BACKBONE,
         capabilities=ANY_GRID,

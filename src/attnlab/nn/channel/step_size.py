@@ -18,7 +18,6 @@ _FEATURES = ("x", "f", "s")
         name="step_size",
         title="Understanding Self-attention Mechanism via Dynamical System Perspective",
         paper="2308.09939",
-        system="stepnet",
         family="channel",
         kind=OPERATOR,
         cost="N",
